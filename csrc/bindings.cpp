@@ -1,0 +1,9 @@
+// The module fastalign._native: no logic of its own, each part binds itself.
+#include "native.hpp"
+
+PYBIND11_MODULE(_native, module) {
+    module.doc() = "Packing, collation and CPU row kernels of fastalign.";
+    bind_packing(module);
+    bind_collation(module);
+    bind_rows(module);
+}

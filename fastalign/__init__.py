@@ -1,0 +1,1 @@
+"""Fast post-training of language models through the interface of TRL."""
