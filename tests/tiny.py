@@ -9,7 +9,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 SIZES = {
-    "vocab_size": 199,
+    "vocab_size": 331,
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
@@ -109,21 +109,16 @@ TEXT = [
 
 
 @functools.cache
-def tiny_tokenizer(vocab_size: int = 199):
+def tiny_tokenizer(vocab_size: int = 331):
     """A byte-level BPE tokenizer with ChatML template; <pad>=0, <s>=1, </s>=2, and the two ChatML marks."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
-    alphabet = sorted(
-        {c for text in TEXT for c in text} | set("\nABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz'!-")
-    )
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=special,
-        initial_alphabet=[
-            p for c in alphabet for p, _ in pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(c)
-        ],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     tokenizer.train_from_iterator(TEXT, trainer)
