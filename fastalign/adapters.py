@@ -1,0 +1,104 @@
+"""PEFT adapters: wrapping a model, and the settings that adapters need in training."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from .models import LoadedModel, is_quantized
+
+logger = logging.getLogger(__name__)
+
+
+def is_peft_model(model) -> bool:
+    """Whether `model` is a PeftModel (False where peft is not installed)."""
+    try:
+        from peft import PeftModel
+    except ImportError:
+        return False
+    return isinstance(model, PeftModel)
+
+
+def base_model(model):
+    """The Transformers model below the adapters, or `model` itself."""
+    return model.get_base_model() if is_peft_model(model) else model
+
+
+def add_adapter(loaded: LoadedModel, peft_config, args) -> None:
+    """Wrap `loaded.model` with `peft_config` (None: leave it) and prepare adapters for training.
+
+    Raises ImportError without peft, TypeError for a config that is not PEFT's, ValueError for a model that is already
+    wrapped or for adapters that DeepSpeed ZeRO-3 cannot checkpoint selectively.
+    """
+    if peft_config is not None:
+        _check_config(loaded.model, peft_config)
+        if loaded.added_tokens:
+            _train_added_tokens(peft_config, loaded.added_tokens)
+        from peft import get_peft_model
+
+        options = {}
+        if _zero3(args) and not loaded.is_quantized:
+            # ZeRO-3 gathers parameters of one dtype: adapters must keep the base model's (DeepSpeed issue 8072)
+            options["autocast_adapter_dtype"] = False
+        loaded.model = get_peft_model(loaded.model, peft_config, **options)
+    if not is_peft_model(loaded.model):
+        return
+    if _zero3(args) and args.gradient_checkpointing:
+        _require_reentrant(args)
+    if args.gradient_checkpointing:
+        loaded.model.enable_input_require_grads()
+    if is_quantized(loaded.model):
+        for name, parameter in loaded.model.named_parameters():
+            # QLoRA trains its adapters in bf16; DoRA's magnitudes move by less than bf16 resolves
+            if parameter.requires_grad and "lora_magnitude_vector" not in name:
+                parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def _check_config(model, peft_config) -> None:
+    try:
+        from peft import PeftConfig
+    except ImportError as error:
+        raise ImportError(
+            "`peft_config` needs the `peft` library: install it with `pip install fastalign[peft]`."
+        ) from error
+    if not isinstance(peft_config, PeftConfig):
+        raise TypeError(
+            f"`peft_config` must be a `peft.PeftConfig` (for example `peft.LoraConfig`), got {type(peft_config).__name__}."
+        )
+    if is_peft_model(model):
+        raise ValueError(
+            "The model is a `PeftModel` already and a `peft_config` is given too. Merge and unload the adapter and pass "
+            "the base model with the new `peft_config`, or leave `peft_config` out to go on training the adapter."
+        )
+
+
+def _train_added_tokens(peft_config, added_tokens: list[int]) -> None:
+    """Let the embeddings of tokens that a cloned chat template added, and the head, be trained."""
+    trainable = peft_config.trainable_token_indices or {}
+    trainable["embed_tokens"] = [*trainable.get("embed_tokens", []), *added_tokens]
+    peft_config.trainable_token_indices = trainable
+    saved = list(peft_config.modules_to_save or [])
+    if "lm_head" not in saved:
+        logger.warning(
+            "The cloned chat template added tokens, so 'lm_head' is added to `modules_to_save` of the PEFT config: without "
+            "it the model could not learn to generate them."
+        )
+        peft_config.modules_to_save = [*saved, "lm_head"]
+
+
+def _zero3(args) -> bool:
+    plugin = getattr(args, "deepspeed_plugin", None)
+    return plugin is not None and plugin.zero_stage == 3
+
+
+def _require_reentrant(args) -> None:
+    options = dict(args.gradient_checkpointing_kwargs or {})
+    if options.get("selective"):
+        raise ValueError(
+            "`gradient_checkpointing_kwargs={'selective': True}` does not work with PEFT under DeepSpeed ZeRO-3, which "
+            "needs reentrant checkpointing. Drop 'selective' or use another sharding."
+        )
+    if options.get("use_reentrant") is False:
+        logger.warning("`use_reentrant` is set to True: PEFT under DeepSpeed ZeRO-3 needs reentrant checkpointing.")
+    args.gradient_checkpointing_kwargs = options | {"use_reentrant": True}
