@@ -1,0 +1,24 @@
+"""Types of the C++ extension; what the functions mean stands at their callers in fastalign/data and in csrc/."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+# collation.cpp
+def first_invalid(values: NDArray[np.integer], limit: int, ignored_allowed: bool) -> int: ...
+def collate(
+    ids: NDArray[np.integer],
+    bounds: NDArray[np.int64],
+    labels: NDArray[np.integer] | None,
+    weights: NDArray[np.float32] | None,
+    width: int,
+    padded: int,
+    pad_id: int,
+) -> tuple[NDArray, NDArray, NDArray, NDArray, NDArray, NDArray, NDArray, NDArray | None]: ...
+
+# packing.cpp
+def plan_packs(
+    lengths: NDArray[np.int64], capacity: int, strategy: str, seed: int | None
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]: ...
+def gather(
+    chunks: list[NDArray], chunk: NDArray[np.int32], start: NDArray[np.int64], length: NDArray[np.int64], out: NDArray
+) -> None: ...
