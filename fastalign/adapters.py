@@ -64,11 +64,13 @@ def _check_config(model, peft_config) -> None:
         ) from error
     if not isinstance(peft_config, PeftConfig):
         raise TypeError(
-            f"`peft_config` must be a `peft.PeftConfig` (for example `peft.LoraConfig`), got {type(peft_config).__name__}."
+            f"`peft_config` must be a `peft.PeftConfig` (for example `peft.LoraConfig`), got "
+            f"{type(peft_config).__name__}."
         )
     if is_peft_model(model):
         raise ValueError(
-            "The model is a `PeftModel` already and a `peft_config` is given too. Merge and unload the adapter and pass "
+            "The model is a `PeftModel` already and a `peft_config` is given too. Merge and unload the adapter and "
+            "pass "
             "the base model with the new `peft_config`, or leave `peft_config` out to go on training the adapter."
         )
 
@@ -81,7 +83,8 @@ def _train_added_tokens(peft_config, added_tokens: list[int]) -> None:
     saved = list(peft_config.modules_to_save or [])
     if "lm_head" not in saved:
         logger.warning(
-            "The cloned chat template added tokens, so 'lm_head' is added to `modules_to_save` of the PEFT config: without "
+            "The cloned chat template added tokens, so 'lm_head' is added to `modules_to_save` of the PEFT config: "
+            "without "
             "it the model could not learn to generate them."
         )
         peft_config.modules_to_save = [*saved, "lm_head"]
@@ -96,7 +99,8 @@ def _require_reentrant(args) -> None:
     options = dict(args.gradient_checkpointing_kwargs or {})
     if options.get("selective"):
         raise ValueError(
-            "`gradient_checkpointing_kwargs={'selective': True}` does not work with PEFT under DeepSpeed ZeRO-3, which "
+            "`gradient_checkpointing_kwargs={'selective': True}` does not work with PEFT under DeepSpeed ZeRO-3, "
+            "which "
             "needs reentrant checkpointing. Drop 'selective' or use another sharding."
         )
     if options.get("use_reentrant") is False:

@@ -1,4 +1,5 @@
-"""What a trainer is given turned into what it trains: a loaded model and a processing class that agree with each other."""
+"""What a trainer is given turned into what it trains: a loaded model and a processing class that agree with each "
+"other."""
 
 from __future__ import annotations
 
@@ -85,8 +86,8 @@ def resolve_model(model, args, quantization_config=None, processing_class=None) 
     """The model and processing class of a trainer, from what its constructor was given.
 
     `model` is a name, a PreTrainedModel or a PeftModel; `args` is the trainer's config (`model_init_kwargs`,
-    `trust_remote_code`). Raises ValueError where `quantization_config` is given twice, TypeError for a processing class
-    that is neither a tokenizer nor a processor.
+    `trust_remote_code`). Raises ValueError where `quantization_config` is given twice, TypeError for a processing
+    class that is neither a tokenizer nor a processor.
     """
     revision = None
     if isinstance(model, str):
@@ -94,7 +95,8 @@ def resolve_model(model, args, quantization_config=None, processing_class=None) 
         if quantization_config is not None:
             if "quantization_config" in init_kwargs:
                 raise ValueError(
-                    "`quantization_config` is given both to the trainer and in `args.model_init_kwargs`. Give it once, "
+                    "`quantization_config` is given both to the trainer and in `args.model_init_kwargs`. Give it "
+                    "once, "
                     "preferably to the trainer."
                 )
             init_kwargs["quantization_config"] = quantization_config
@@ -187,7 +189,8 @@ def router_loss_coefficient(model, coefficient: float | None) -> float:
     has_router = hasattr(config, "output_router_logits")
     if coefficient and not has_router:
         raise ValueError(
-            f"`router_aux_loss_coef` is {coefficient}, but {type(model).__name__} is not a mixture-of-experts model that "
+            f"`router_aux_loss_coef` is {coefficient}, but {type(model).__name__} is not a mixture-of-experts model "
+            "that "
             "returns its router logits, so there is no auxiliary loss to weight. Leave the field unset."
         )
     value = getattr(config, "router_aux_loss_coef", 0.0) if coefficient is None else coefficient

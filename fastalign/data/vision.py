@@ -58,7 +58,8 @@ class VisionCollator:
             tensors = self._prompt_completion(rows)
         else:
             raise KeyError(
-                f"Rows with images need 'messages', {self.text_field!r}, or 'prompt' and 'completion'; found {sorted(first)}."
+                f"Rows with images need 'messages', {self.text_field!r}, or 'prompt' and 'completion'; found "
+                f"{sorted(first)}."
             )
         return token_batch(tensors, flat=False)
 

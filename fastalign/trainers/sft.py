@@ -15,6 +15,7 @@ from transformers import TrainingArguments, set_seed
 
 from ..adapters import add_adapter
 from ..config import AlignConfig, arg
+from ..config_groups import LengthArgs, ModelArgs, one_of, renamed
 from ..data.batch import TokenBatch
 from ..data.chat import get_training_chat_template, has_generation_markers, is_chat_template_stop_token_trained
 from ..data.collate import TokenCollator
@@ -37,19 +38,12 @@ from ..policy import logits_forward, prepare_policy, token_loss, token_stats
 
 
 @dataclass
-class SFTConfig(AlignConfig):
-    """Settings of SFTTrainer: `transformers.TrainingArguments`, AlignConfig's, and those below."""
+class SFTConfig(LengthArgs, ModelArgs, AlignConfig):
+    """Settings of SFTTrainer: `transformers.TrainingArguments`, the shared groups, and those below."""
 
     _VALID_DICT_FIELDS = [*AlignConfig._VALID_DICT_FIELDS, "model_init_kwargs", "dataset_kwargs"]
 
     learning_rate: float = arg(2e-5, "Initial learning rate.")
-    model_init_kwargs: dict[str, Any] | str | None = arg(
-        None, "Keyword arguments for `from_pretrained` where the model is given by name; dtype is float32 if not set."
-    )
-    trust_remote_code: bool = arg(False, "Allow models and tokenizers that ship their own Python code.")
-    router_aux_loss_coef: float | None = arg(
-        None, "Weight of the mixture-of-experts balancing loss; unset: the model's own, 0: none."
-    )
     chat_template_path: str | None = arg(
         None, "A Jinja file with the chat template, or the tokenizer (folder or Hub id) to clone it from."
     )
@@ -57,14 +51,7 @@ class SFTConfig(AlignConfig):
     dataset_kwargs: dict[str, Any] | str | None = arg(
         None, "{'skip_prepare_dataset': true} leaves the dataset as it is (it must then be tokenised)."
     )
-    dataset_num_proc: int | None = arg(None, "Processes that prepare the dataset; one is usually fastest.")
     eos_token: str | None = arg(None, "End-of-sequence token; unset: the tokenizer's.")
-    max_length: int | None = arg(
-        1024, "Longest sequence, in tokens; longer ones are truncated. The row length when packing. None: no limit."
-    )
-    truncation_mode: str = arg(
-        "keep_start", "Which end of a long sequence to keep.", choices=["keep_end", "keep_start"]
-    )
     shuffle_dataset: bool = arg(False, "Shuffle the dataset once before training.")
     packing: bool = arg(False, "Put several sequences into each row of `max_length` tokens.")
     packing_strategy: str = arg(
@@ -73,9 +60,8 @@ class SFTConfig(AlignConfig):
         choices=["bfd", "bfd_split", "wrapped"],
     )
     padding_free: bool = arg(
-        False, "Require batches without padding: an error for models that cannot take them (they are used anyway)."
+        False, "Require batches without padding: an error for a model that needs it (others never get any)."
     )
-    pad_to_multiple_of: int | str | None = arg("auto", "Pad sequences to a multiple of this; 'auto': do not pad.")
     eval_packing: bool | None = arg(None, "Pack the evaluation data; unset: like `packing`.")
     completion_only_loss: bool | None = arg(
         None, "Score the completion only; unset: yes for prompt-completion data, no otherwise."
@@ -84,52 +70,22 @@ class SFTConfig(AlignConfig):
     loss_type: str = arg(
         "nll", "'nll' (negative log-likelihood) or 'dft' (arXiv:2508.05629).", choices=["nll", "dft", "chunked_nll"]
     )
-    activation_offloading: bool = arg(False, "Keep activations in host memory between forward and backward.")
-    pad_token: str | None = arg(None, "Deprecated: set `tokenizer.pad_token`.")
 
     def __post_init__(self):
         super().__post_init__()
-        if isinstance(self.pad_to_multiple_of, str):
-            value = self.pad_to_multiple_of.lower()
-            self.pad_to_multiple_of = None if value in ("auto", "none", "null") else int(value)
-        renamed = {("loss_type", "chunked_nll"): "nll", ("packing_strategy", "bfd-requeue"): "bfd_split"}
-        for (name, old), new in renamed.items():
-            if getattr(self, name) == old:
-                warnings.warn(f"`{name}={old!r}` is deprecated; use {new!r}.", FutureWarning, stacklevel=3)
-                setattr(self, name, new)
-        if self.pad_token is not None:
-            warnings.warn(
-                "`pad_token` is deprecated; set `tokenizer.pad_token` and pass the tokenizer as `processing_class`.",
-                FutureWarning,
-                stacklevel=3,
-            )
-        if self.truncation_mode == "keep_end":
-            warnings.warn("`truncation_mode='keep_end'` is deprecated.", FutureWarning, stacklevel=3)
-        self._check_values()
-
-    def _check_values(self) -> None:
-        allowed = {
-            "loss_type": ("nll", "dft"),
-            "packing_strategy": ("bfd", "bfd_split", "wrapped"),
-            "truncation_mode": ("keep_start", "keep_end"),
-        }
-        for name, values in allowed.items():
-            if getattr(self, name) not in values:
-                raise ValueError(f"Invalid `{name}` {getattr(self, name)!r}. Supported values are {values}.")
+        self.check_length_args()
+        self.check_model_args()
+        renamed(self, "loss_type", "chunked_nll", "nll")
+        renamed(self, "packing_strategy", "bfd-requeue", "bfd_split")
+        one_of(self, "loss_type", ("nll", "dft"))
+        one_of(self, "packing_strategy", ("bfd", "bfd_split", "wrapped"))
         if self.loss_type == "dft" and self.label_smoothing_factor > 0:
             raise ValueError("`label_smoothing_factor` has no meaning with `loss_type='dft'`; set it to 0.")
         unknown = set(self.dataset_kwargs or {}) - {"skip_prepare_dataset"}
         if unknown:
-            raise ValueError(
-                f"`dataset_kwargs` has unknown keys {sorted(unknown)}; allowed: ['skip_prepare_dataset']."
-            )
+            raise ValueError(f"`dataset_kwargs` has unknown keys {sorted(unknown)}; allowed: 'skip_prepare_dataset'.")
         if (self.packing or self.eval_packing) and self.max_length is None:
             raise ValueError("When packing is enabled, `max_length` can't be `None`: it is the length of the rows.")
-        if (self.gradient_checkpointing_kwargs or {}).get("selective"):
-            if not self.gradient_checkpointing:
-                raise ValueError("`gradient_checkpointing_kwargs={'selective': True}` needs `gradient_checkpointing`.")
-            if self.gradient_checkpointing_kwargs.get("use_reentrant"):
-                raise ValueError("Selective checkpointing is not reentrant: unset `use_reentrant` or set it to False.")
 
 
 class SFTTrainer(Trainer):
@@ -210,7 +166,8 @@ class SFTTrainer(Trainer):
         if self._is_vision_data:
             if not loaded.is_vision:
                 raise ValueError(
-                    "The dataset has images ('image' or 'images'), but the model's processing class is a plain tokenizer. "
+                    "The dataset has images ('image' or 'images'), but the model's processing class is a plain "
+                    "tokenizer. "
                     "Use a vision-language model, or drop the image columns."
                 )
             for name, value in {"packing": args.packing, "padding_free": args.padding_free}.items():
@@ -218,7 +175,8 @@ class SFTTrainer(Trainer):
                     raise ValueError(f"`{name}=True` is not supported for vision datasets; set it to False.")
             if args.max_length is not None and args.truncation_mode == "keep_end":
                 raise ValueError(
-                    "`truncation_mode='keep_end'` is not supported for vision datasets: it could drop image tokens and keep "
+                    "`truncation_mode='keep_end'` is not supported for vision datasets: it could drop image tokens "
+                    "and keep "
                     "their pixels. Use 'keep_start' or `max_length=None`."
                 )
         if args.assistant_only_loss and not is_conversational(sample):
@@ -235,7 +193,8 @@ class SFTTrainer(Trainer):
             )
         if compute_loss_func is not None:
             warnings.warn(
-                "`compute_loss_func` needs full logits, so each step runs a second forward pass for the metrics. Overriding "
+                "`compute_loss_func` needs full logits, so each step runs a second forward pass for the metrics. "
+                "Overriding "
                 "`compute_loss` avoids it.",
                 FutureWarning,
                 stacklevel=3,
@@ -244,8 +203,10 @@ class SFTTrainer(Trainer):
     def _check_packing_fits(self, args) -> None:
         if (args.packing or args.eval_packing) and args.packing_strategy != "wrapped" and not self.policy.flat:
             raise ValueError(
-                f"Packing with {args.packing_strategy!r} puts several sequences into a row, but this model cannot keep them "
-                f"apart: {self.policy.reason}. Set `packing=False`, or `packing_strategy='wrapped'`, which lets them mix."
+                f"Packing with {args.packing_strategy!r} puts several sequences into a row, but this model cannot "
+                "keep them "
+                f"apart: {self.policy.reason}. Set `packing=False`, or `packing_strategy='wrapped'`, which lets them "
+                "mix."
             )
 
     def _make_collator(self, data_collator):
@@ -311,8 +272,10 @@ class SFTTrainer(Trainer):
             columns = set(dataset.column_names or _first_row(dataset))
             if "labels" not in columns and columns & {"completion_mask", "assistant_masks"}:
                 raise ValueError(
-                    f"The {name} dataset has mask columns but no 'labels', and `skip_prepare_dataset=True` skips making them, "
-                    "so every token would be scored. Add 'labels' (-100 where not scored) or drop `skip_prepare_dataset`."
+                    f"The {name} dataset has mask columns but no 'labels', and `skip_prepare_dataset=True` skips "
+                    "making them, "
+                    "so every token would be scored. Add 'labels' (-100 where not scored) or drop "
+                    "`skip_prepare_dataset`."
                 )
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -331,7 +294,8 @@ class SFTTrainer(Trainer):
     # Loss
 
     def compute_loss(self, model, inputs: TokenBatch, return_outputs: bool = False, num_items_in_batch=None):
-        """Sum of token losses over `num_items_in_batch` (unset: over this batch's scored tokens), plus balancing loss."""
+        """Sum of token losses over `num_items_in_batch` (unset: over this batch's scored tokens), plus balancing "
+        "loss."""
         norm = inputs.num_scored if num_items_in_batch is None else num_items_in_batch
         norm = torch.as_tensor(norm, device=inputs.weight.device).clamp(min=1)
         router = {"output_router_logits": True} if self._aux_coefficient else {}
@@ -426,7 +390,8 @@ def _training_template(args, processing_class) -> str | None:
         template = get_training_chat_template(processing_class)
     if not is_chat_template_stop_token_trained(processing_class, chat_template=template):
         warnings.warn(
-            "The chat template leaves the token that ends the assistant's turn out of `{% generation %}`, so the model may "
+            "The chat template leaves the token that ends the assistant's turn out of `{% generation %}`, so the "
+            "model may "
             "not learn to stop. Move it inside, or set `assistant_only_loss=False`.",
             stacklevel=4,
         )

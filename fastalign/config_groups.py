@@ -1,0 +1,76 @@
+"""Settings that several trainers share: how the model is loaded, how long sequences may be. Each field stands once."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+from .config import arg
+
+
+@dataclass
+class ModelArgs:
+    """How the trained model is loaded and run."""
+
+    model_init_kwargs: dict[str, Any] | str | None = arg(
+        None, "Keyword arguments for `from_pretrained` where the model is given by name; dtype is float32 if not set."
+    )
+    trust_remote_code: bool = arg(False, "Allow models and tokenizers that ship their own Python code.")
+    router_aux_loss_coef: float | None = arg(
+        None, "Weight of the mixture-of-experts balancing loss; unset: the model's own, 0: none."
+    )
+    activation_offloading: bool = arg(False, "Keep activations in host memory between forward and backward.")
+
+    def check_model_args(self) -> None:
+        """Refuse checkpointing options that contradict each other (ValueError)."""
+        options = self.gradient_checkpointing_kwargs or {}
+        if options.get("selective"):
+            if not self.gradient_checkpointing:
+                raise ValueError("`gradient_checkpointing_kwargs={'selective': True}` needs `gradient_checkpointing`.")
+            if options.get("use_reentrant"):
+                raise ValueError("Selective checkpointing is not reentrant: unset `use_reentrant` or set it to False.")
+
+
+@dataclass
+class LengthArgs:
+    """How rows become sequences: length, truncation, padding."""
+
+    dataset_num_proc: int | None = arg(None, "Processes that prepare the dataset; one is usually fastest.")
+    max_length: int | None = arg(1024, "Longest sequence, in tokens; longer ones are truncated. None: no limit.")
+    truncation_mode: str = arg(
+        "keep_start", "Which end of a long sequence to keep.", choices=["keep_end", "keep_start"]
+    )
+    pad_to_multiple_of: int | str | None = arg("auto", "Pad sequences to a multiple of this; 'auto': do not pad.")
+    pad_token: str | None = arg(None, "Deprecated: set `tokenizer.pad_token`.")
+
+    def check_length_args(self) -> None:
+        """Read `pad_to_multiple_of`, warn of deprecated fields, refuse unknown values (ValueError)."""
+        if isinstance(self.pad_to_multiple_of, str):
+            value = self.pad_to_multiple_of.lower()
+            self.pad_to_multiple_of = None if value in ("auto", "none", "null") else int(value)
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"`max_length` is {self.max_length}; it must be at least 1 token, or None for no limit.")
+        one_of(self, "truncation_mode", ("keep_start", "keep_end"))
+        if self.truncation_mode == "keep_end":
+            deprecated("`truncation_mode='keep_end'` is deprecated.")
+        if self.pad_token is not None:
+            deprecated("`pad_token` is deprecated; set `tokenizer.pad_token` and pass it as `processing_class`.")
+
+
+def one_of(config, name: str, allowed: tuple) -> None:
+    """Raise ValueError unless the field `name` of `config` has one of the allowed values."""
+    if getattr(config, name) not in allowed:
+        raise ValueError(f"Invalid `{name}` {getattr(config, name)!r}. Supported values are {allowed}.")
+
+
+def deprecated(message: str) -> None:
+    """Warn at the caller of the config's constructor."""
+    warnings.warn(message, FutureWarning, stacklevel=5)
+
+
+def renamed(config, name: str, old: str, new: str) -> None:
+    """Replace a value that has a new name, with a warning."""
+    if getattr(config, name) == old:
+        deprecated(f"`{name}={old!r}` is deprecated; use {new!r}.")
+        setattr(config, name, new)
