@@ -93,8 +93,8 @@ class TokenCollator:
             return collate_flat(**columns, **options)
         if "seq_lengths" in columns:
             raise ValueError(
-                "Packed rows (column `seq_lengths`) need flat batches, but this model takes padded ones only, in which "
-                "the sequences of a row would see each other. Train it with `packing=False`."
+                "Packed rows (column `seq_lengths`) need flat batches, but this model takes padded ones, in which the "
+                "sequences of a row would see each other. Train it with `packing=False`."
             )
         return collate_padded(**columns, **options)
 

@@ -177,7 +177,7 @@ def _packed_features(features: datasets.Features, strategy: str) -> datasets.Fea
 
 
 def _format(format: dict, strategy: str) -> dict:
-    """Arguments of `with_format` for the packed dataset: those of the dataset, and the new column where columns are named."""
+    """Arguments of `with_format` for the packed dataset: those of `format`, and the new column where it names columns."""
     format = {**format, **format.get("format_kwargs", {})}
     format.pop("format_kwargs", None)
     if strategy != "wrapped" and format.get("columns") is not None:
@@ -191,9 +191,12 @@ def _report(plan: PackPlan, lengths: np.ndarray, strategy: str) -> None:
     )
     if strategy == "bfd" and (dropped := int(lengths.sum()) - plan.num_tokens):
         logger.warning(
-            "Packing cut %d rows that are longer than %d tokens and dropped %d of %d tokens; strategy 'bfd_split' keeps them.",
-            int((lengths > plan.capacity).sum()), plan.capacity, dropped, int(lengths.sum()),
-        )  # fmt: skip
+            "Packing cut %d rows to %d tokens and dropped %d of %d tokens; the strategy 'bfd_split' keeps them all.",
+            int((lengths > plan.capacity).sum()),
+            plan.capacity,
+            dropped,
+            int(lengths.sum()),
+        )
 
 
 def _write(batches: Iterator[pa.RecordBatch], schema: pa.Schema, path: str) -> None:
@@ -252,7 +255,7 @@ class ListColumn:
 
 
 def _columns(dataset: datasets.Dataset) -> list[ListColumn]:
-    """All columns of a dataset, rows in its order (after `select`, `shuffle`, ...). Raises TypeError and ValueError."""
+    """All columns of a dataset, rows in its order (after `select`, `shuffle`, ...)."""
     order = None if dataset._indices is None else dataset._indices.column(0).to_numpy()
     return _list_columns(dataset.data, order)
 
