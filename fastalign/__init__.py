@@ -1,1 +1,46 @@
 """Fast post-training of language models through the interface of TRL."""
+
+from importlib import import_module as _import_module
+
+_PUBLIC = {  # public name -> module that defines it; imported on first use, so that `import fastalign` is instant
+    "DatasetConfig": "fastalign.data.mixture",
+    "DatasetMixtureConfig": "fastalign.data.mixture",
+    "ModelConfig": "fastalign.cli.arguments",
+    "SFTConfig": "fastalign.trainers.sft",
+    "SFTTrainer": "fastalign.trainers.sft",
+    "ScriptArguments": "fastalign.cli.arguments",
+    "TrlParser": "fastalign.cli.parser",
+    "apply_chat_template": "fastalign.data.chat",
+    "clone_chat_template": "fastalign.data.chat",
+    "extract_prompt": "fastalign.data.formats",
+    "get_dataset": "fastalign.data.mixture",
+    "get_peft_config": "fastalign.cli.arguments",
+    "get_quantization_config": "fastalign.cli.arguments",
+    "get_training_chat_template": "fastalign.data.chat",
+    "init_zero_verbose": "fastalign.cli.arguments",
+    "is_conversational": "fastalign.data.formats",
+    "is_conversational_from_value": "fastalign.data.formats",
+    "maybe_apply_chat_template": "fastalign.data.chat",
+    "maybe_convert_to_chatml": "fastalign.data.formats",
+    "maybe_extract_prompt": "fastalign.data.formats",
+    "maybe_unpair_preference_dataset": "fastalign.data.formats",
+    "pack_dataset": "fastalign.data.packing",
+    "prepare_multimodal_messages": "fastalign.data.vision_messages",
+    "unpair_preference_dataset": "fastalign.data.formats",
+    "write_report": "fastalign.report",
+}
+__all__ = [*_PUBLIC, "__version__"]  # noqa: PLE0604
+
+
+def __getattr__(name: str):
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("fastalign")
+    if name in _PUBLIC:
+        return getattr(_import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'fastalign' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

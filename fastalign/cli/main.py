@@ -1,0 +1,90 @@
+"""The `fastalign` command: finds the subcommand and imports nothing else, so that it starts at once."""
+
+from __future__ import annotations
+
+import sys
+from difflib import get_close_matches
+
+
+def _sft(arguments: list[str]) -> int:
+    from fastalign.trainers.sft import SFTConfig, SFTTrainer
+
+    from .train import run
+
+    return run("sft", SFTConfig, SFTTrainer, arguments)
+
+
+def _demo(arguments: list[str]) -> int:
+    from fastalign.demo import main
+
+    return main(arguments)
+
+
+def _report(arguments: list[str]) -> int:
+    from .report import main
+
+    return main(arguments)
+
+
+def _bench(arguments: list[str]) -> int:
+    from .bench import main
+
+    return main(arguments)
+
+
+def _env(arguments: list[str]) -> int:
+    from .env import main
+
+    return main(arguments)
+
+
+COMMANDS = {  # name -> (what it does, the function that takes the remaining arguments)
+    "sft": ("supervised fine-tuning of a language model", _sft),
+    "report": ("one HTML file with the curves and samples of a run", _report),
+    "demo": ("train and evaluate a small model here, in about a minute", _demo),
+    "bench": ("run the benchmarks of a source checkout", _bench),
+    "env": ("versions, devices and back ends, to paste into a bug report", _env),
+}
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS)) + 2
+    lines = [f"  {name:<{width}}{text}" for name, (text, _) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: fastalign COMMAND [options]",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "`fastalign COMMAND --help` explains one command; `fastalign --version` prints the version.",
+        ]
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one subcommand and return the exit code (0 done, 1 failed, 2 wrong usage)."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    name, *rest = arguments
+    if name in ("--version", "-V"):
+        import fastalign
+
+        print(f"fastalign {fastalign.__version__}")
+        return 0
+    if name not in COMMANDS:
+        near = get_close_matches(name, COMMANDS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        print(f"fastalign: error: unknown command {name!r}{hint}\n\n{_overview()}", file=sys.stderr)
+        return 2
+    try:
+        return COMMANDS[name][1](rest)
+    except KeyboardInterrupt:
+        print("fastalign: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,182 @@
+"""One training command: parse, start more processes where asked, load model and data, train, save, say where it is."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import yaml
+from transformers import AutoConfig, AutoTokenizer, set_seed
+
+from ..data.load import load_rows
+from ..data.mixture import DatasetMixtureConfig, get_dataset
+from ..models import model_class
+from .arguments import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
+from .launch import add_launch_option, launch, split_launch_arguments, was_launched
+from .parser import AlignParser
+
+logger = logging.getLogger(__name__)
+RUN_FILE = "run.yaml"
+
+
+def make_parser(name: str, config_class: type) -> AlignParser:
+    """The parser of `fastalign NAME`."""
+    parser = AlignParser(
+        (ScriptArguments, config_class, ModelConfig, DatasetMixtureConfig),
+        prog=f"fastalign {name}",
+        usage=f"fastalign {name} --model_name_or_path MODEL --dataset_name DATA [--config FILE] [options]",
+        epilog="Options may stand in the YAML file of --config under the same names. Arguments of `accelerate launch` "
+        "(--num_processes, --mixed_precision, ...) start several processes.",
+    )
+    add_launch_option(parser)
+    return parser
+
+
+def run(name: str, config_class: type, trainer_class: type, arguments: list[str]) -> int:
+    """Run `fastalign NAME` with `arguments`; returns the exit code (2: an option is wrong, 1: model or data are)."""
+    parser = make_parser(name, config_class)
+    try:
+        own, file_rest = parser.read_config_option(arguments)
+        namespace, rest = parser.parse_known_args(own)  # dataclasses come later: building them takes hold of the device
+        launch_arguments, unknown_file, unknown = split_launch_arguments(file_rest, rest)
+        if unknown_file or unknown:
+            parser.error(parser.unknown_message(unknown_file, unknown))
+        config = getattr(namespace, "accelerate_config", None)
+        if (config or launch_arguments) and not was_launched():
+            return launch(name, arguments, config, launch_arguments)
+        settings = parser.parse_args_into_dataclasses(own, return_remaining_strings=True, look_for_args_file=False)
+    except ValueError as error:
+        parser.error(str(error))
+    script_args, training_args, model_args, mixture = settings[:4]
+    try:
+        trainer = make_trainer(trainer_class, script_args, training_args, model_args, mixture)
+    except (ValueError, FileNotFoundError) as error:
+        if training_args.log_level == "debug":
+            raise
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 1
+    if trainer.is_world_process_zero():
+        write_run_file(training_args.output_dir, script_args, training_args, model_args, mixture)
+    trainer.train(resume_from_checkpoint=_resume_choice(training_args.resume_from_checkpoint))
+    _finish(trainer, training_args, script_args)
+    return 0
+
+
+def make_trainer(trainer_class, script_args, training_args, model_args, mixture):
+    """The trainer that the settings describe, with its model and data loaded."""
+    if not model_args.model_name_or_path:
+        raise ValueError("`model_name_or_path` is required: a Hub name or the folder of a model.")
+    dataset = load_data(script_args, mixture)
+    train, evaluation = script_args.dataset_train_split, None
+    if train not in dataset:
+        raise ValueError(f"`dataset_train_split` is {train!r}, but the dataset has the splits {sorted(dataset)}.")
+    if training_args.eval_strategy != "no":
+        test = script_args.dataset_test_split
+        if test not in dataset:
+            raise ValueError(
+                f"`eval_strategy` asks for evaluation, but the dataset has no split {test!r}, only {sorted(dataset)}. Set "
+                "`dataset_test_split`, or `test_split_size` together with `datasets`."
+            )
+        evaluation = dataset[test]
+    model, given = model_args.model_name_or_path, {}
+    if model_args.from_scratch:
+        model, given["processing_class"] = model_from_scratch(model_args, training_args)
+    else:
+        training_args.model_init_kwargs = {
+            "revision": model_args.model_revision,
+            "attn_implementation": model_args.attn_implementation,
+            "dtype": model_args.dtype,
+        } | (training_args.model_init_kwargs or {})
+    trainer = trainer_class(
+        model=model,
+        args=training_args,
+        train_dataset=dataset[train],
+        eval_dataset=evaluation,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+        **given,
+    )
+    if script_args.ignore_bias_buffers:
+        trainer.model._ddp_params_and_buffers_to_ignore = [
+            name for name, buffer in trainer.model.named_buffers() if buffer.dtype.is_floating_point is False
+        ]
+    return trainer
+
+
+def load_data(script_args: ScriptArguments, mixture: DatasetMixtureConfig):
+    """The dataset by split: the mixture where `datasets` is given, else `dataset_name`; columns chosen and renamed."""
+    if mixture.datasets:
+        if script_args.dataset_name:
+            logger.warning("`dataset_name` is not used: `datasets` is given too.")
+        dataset = get_dataset(mixture)
+    elif script_args.dataset_name:
+        dataset = load_rows(
+            script_args.dataset_name, script_args.dataset_config, streaming=script_args.dataset_streaming
+        )
+    else:
+        raise ValueError("Give the data: `dataset_name` (Hub name, folder or file), or `datasets` in the config file.")
+    if script_args.dataset_columns:
+        for split in dataset:
+            dataset[split] = take_columns(dataset[split], script_args.dataset_columns)
+    return dataset
+
+
+def take_columns(dataset, columns: dict[str, str]):
+    """Only the columns that `columns` (new name -> old name) lists, under their new names. ValueError if one is missing."""
+    have = dataset.column_names or list(next(iter(dataset)))
+    missing = [old for old in columns.values() if old not in have]
+    if missing:
+        raise ValueError(f"`dataset_columns` asks for {missing}, but the dataset has the columns {sorted(have)}.")
+    renamed = {old: new for new, old in columns.items() if old != new}
+    return dataset.select_columns(list(columns.values())).rename_columns(renamed)
+
+
+def model_from_scratch(model_args: ModelConfig, training_args):
+    """A model with random weights from the folder's config.json, and the folder's tokenizer."""
+    source, trust = model_args.model_name_or_path, training_args.trust_remote_code
+    revision = model_args.model_revision
+    set_seed(training_args.seed)
+    config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust)
+    options = {"attn_implementation": model_args.attn_implementation} if model_args.attn_implementation else {}
+    dtype = config.dtype if model_args.dtype == "auto" else model_args.dtype
+    model = model_class(config)._from_config(config, dtype=dtype, **options)
+    logger.warning(
+        f"from_scratch: {type(model).__name__} of {source} starts from random weights "
+        f"({model.num_parameters():,} parameters, seed {training_args.seed})."
+    )
+    return model, AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust)
+
+
+def write_run_file(output_dir: str, script_args, training_args, model_args, mixture) -> None:
+    """Write `run.yaml` with every setting that differs from its default, so that `--config run.yaml` repeats the run."""
+    settings: dict = {}
+    for group in (model_args, script_args, training_args, mixture):
+        fields = {field.name: field for field in group.__dataclass_fields__.values() if field.init}
+        values = training_args.to_dict() if group is training_args else asdict(group)
+        fresh = type(group)(output_dir) if group is training_args else type(group)()
+        defaults = fresh.to_dict() if group is training_args else asdict(fresh)
+        settings |= {k: v for k, v in values.items() if k in fields and k != "hub_token" and v != defaults.get(k)}
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    settings["output_dir"] = output_dir
+    Path(output_dir, RUN_FILE).write_text(yaml.safe_dump(settings, sort_keys=True), encoding="utf-8")
+
+
+def _resume_choice(value: str | bool | None) -> str | bool | None:
+    words = {"true": True, "false": None, "none": None, "": None}
+    return words.get(value.lower(), value) if isinstance(value, str) else value
+
+
+def _finish(trainer, training_args, script_args) -> None:
+    """Save the model and say where the results are."""
+    trainer.save_model(training_args.output_dir)
+    trainer.save_state()
+    say = trainer.accelerator.print
+    say(f"\nModel:    {training_args.output_dir}")
+    say(f"Settings: {Path(training_args.output_dir, RUN_FILE)}")
+    say(f"Curves:   fastalign report {training_args.output_dir}")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        say(f"Hub:      https://huggingface.co/{trainer.hub_model_id}")
+    trainer.accelerator.end_training()

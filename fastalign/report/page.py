@@ -1,0 +1,158 @@
+"""The report's HTML: summary, results, charts, samples and settings of runs, in one file without outside parts."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from html import escape
+
+from .charts import Line, line_chart, short
+from .runs import Run
+from .style import SCRIPT, STYLE
+
+FIRST = ["loss", "mean_token_accuracy", "entropy", "grad_norm", "learning_rate"]  # the other metrics follow by name
+COLORS = 8
+MOST_SAMPLES = 60  # per stage
+
+
+def render_page(runs: list[Run], title: str) -> str:
+    """The whole page, as text."""
+    sections = [
+        _section("Results", "".join(_results(run, len(runs) > 1) for run in runs if run.results)),
+        _section("Summary", _summary(runs)),
+        _section("Curves", _charts(runs)),
+        _section("Samples", "".join(_samples(run, len(runs) > 1) for run in runs if run.samples)),
+        _section("Settings", _settings(runs)),
+    ]
+    made = datetime.datetime.now().strftime("%Y-%m-%d %H:%M")
+    return (
+        "<!doctype html>\n"
+        f'<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><main>"
+        f"<header><h1>{escape(title)}</h1><p>fastalign report, {made}</p></header>"
+        + "".join(sections)
+        + f"</main><div id='tip'></div><script>{SCRIPT}</script></body></html>\n"
+    )
+
+
+def _section(title: str, body: str) -> str:
+    return f"<section><h2>{title}</h2>{body}</section>" if body else ""
+
+
+def _table(columns: Sequence, rows: Sequence[Sequence], css: str = "") -> str:
+    head = "".join(f"<th>{escape(str(column))}</th>" for column in columns)
+    body = "".join("<tr>" + "".join(_cell(value) for value in row) + "</tr>" for row in rows)
+    return f'<div class="scroll"><table class="{css}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _cell(value) -> str:
+    if isinstance(value, bool):
+        return f'<td class="{"right" if value else "wrong"}">{"✓" if value else "✗"}</td>'
+    if isinstance(value, (int, float)):
+        return f'<td class="number">{short(value)}</td>'
+    return f"<td>{'' if value is None else escape(str(value))}</td>"
+
+
+def _run_heading(run: Run, several: bool) -> str:
+    return f"<h3>{escape(run.name)}</h3>" if several else ""
+
+
+def _results(run: Run, several: bool) -> str:
+    results = run.results or {}
+    return _run_heading(run, several) + _table(results.get("columns", []), results.get("rows", []), "results")
+
+
+def _summary(runs: list[Run]) -> str:
+    rows: list[list] = [["steps", *(run.state.get("global_step") for run in runs)]]
+    rows.append(["epochs", *(_rounded(run.state.get("epoch")) for run in runs)])
+    rows.append(["tokens", *(run.last("num_tokens") for run in runs)])
+    for key in ("loss", "eval_loss", "mean_token_accuracy"):
+        curves = [run.curves().get(key) for run in runs]
+        rows.append([f"{key}, first → last", *(f"{short(c[0][1])} → {short(c[-1][1])}" if c else None for c in curves)])
+    best = [run.state.get("best_metric") for run in runs]
+    rows.append(["best metric", *best])
+    totals = dict.fromkeys(k for run in runs for entry in run.log for k in entry if k.startswith("train_"))
+    for key in totals:
+        rows.append([key.replace("_", " "), *(_rounded(run.last(key)) for run in runs)])
+    rows = [row for row in rows if any(value is not None for value in row[1:])]
+    return _table(["", *(run.name for run in runs)], rows, "summary")
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
+
+
+def _charts(runs: list[Run]) -> str:
+    """One chart per metric; training and evaluation of the same metric share it, and so do the runs."""
+    curves = [run.curves() for run in runs]
+    names = dict.fromkeys(name.removeprefix("eval_") for found in curves for name in found)
+    ordered = [name for name in FIRST if name in names] + [name for name in names if name not in FIRST]
+    cards = []
+    for name in ordered:
+        lines = []
+        for index, (run, found) in enumerate(zip(runs, curves, strict=True)):
+            prefix = f"{run.name} " if len(runs) > 1 else ""
+            both = name in found and f"eval_{name}" in found
+            color = index % COLORS
+            if name in found:
+                lines.append(Line(f"{prefix}{'train' if both else ''}".strip() or name, found[name], color))
+            if f"eval_{name}" in found:
+                shade = color if len(runs) > 1 else 1
+                lines.append(Line(f"{prefix}eval".strip(), found[f"eval_{name}"], shade, dashed=True))
+        legend = _legend(lines) if len(lines) > 1 or lines[0].dashed else ""
+        cards.append(f'<figure><figcaption>{escape(_words(name))}{legend}</figcaption>{line_chart(lines)}</figure>')
+    return f'<div class="charts">{"".join(cards)}</div>' if cards else "<p>Nothing was logged.</p>"
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ").replace("grad norm", "gradient norm")
+
+
+def _legend(lines: list[Line]) -> str:
+    items = [
+        f'<span><i class="s{line.color}{" dashed" if line.dashed else ""}"></i>{escape(line.label)}</span>' for line in lines
+    ]
+    return f'<span class="legend">{"".join(items)}</span>'
+
+
+def _samples(run: Run, several: bool) -> str:
+    """The same prompts side by side: one column per stage."""
+    stages = list(dict.fromkeys(sample.get("stage", "") for sample in run.samples))
+    prompts: dict[str, dict] = {}
+    for sample in run.samples:
+        prompts.setdefault(str(sample.get("prompt", "")), {})[sample.get("stage", "")] = sample
+    expects = any("expected" in sample for sample in run.samples)
+    head = ["prompt", *(["expected"] if expects else []), *(stage or "completion" for stage in stages)]
+    rows = []
+    for prompt, by_stage in list(prompts.items())[:MOST_SAMPLES]:
+        expected = next((s["expected"] for s in by_stage.values() if "expected" in s), None)
+        cells = [f"<td>{escape(prompt)}</td>", *([f"<td>{escape(str(expected))}</td>"] if expects else [])]
+        cells += [_completion(by_stage.get(stage)) for stage in stages]
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    header = "".join(f"<th>{escape(str(name))}</th>" for name in head)
+    more = f"<p>{len(prompts) - MOST_SAMPLES} more in {escape(str(run.folder))}.</p>" if len(prompts) > MOST_SAMPLES else ""
+    return (
+        _run_heading(run, several)
+        + f'<div class="scroll"><table class="samples"><thead><tr>{header}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+        + more
+    )
+
+
+def _completion(sample: dict | None) -> str:
+    if sample is None:
+        return "<td></td>"
+    judged = {True: ("right", "✓ "), False: ("wrong", "✗ ")}.get(sample.get("correct"), ("", ""))
+    return f'<td class="{judged[0]}">{judged[1]}{escape(str(sample.get("completion", "")))}</td>'
+
+
+def _settings(runs: list[Run]) -> str:
+    names = sorted({name for run in runs for name in run.settings})
+    rows = [[name, *(_text(run.settings.get(name)) for run in runs)] for name in names]
+    if not rows:
+        return ""
+    table = _table(["", *(run.name for run in runs)], rows, "settings")
+    return f"<details{' open' if len(rows) <= 24 else ''}><summary>{len(rows)} settings differ from their defaults</summary>{table}</details>"
+
+
+def _text(value) -> str | None:
+    return None if value is None else str(value)
