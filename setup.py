@@ -1,5 +1,7 @@
 """Builds the C++ extension `fastalign._native`; everything else about the package stands in pyproject.toml."""
 
+from glob import glob
+
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
 
@@ -9,7 +11,8 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "fastalign._native",
-            ["csrc/bindings.cpp", "csrc/packing.cpp", "csrc/collation.cpp", "csrc/rows.cpp"],
+            sorted(glob("csrc/*.cpp")),
+            depends=sorted(glob("csrc/*.hpp")),
             cxx_std=17,
             extra_compile_args=["-O3"],
         )

@@ -177,7 +177,7 @@ def _packed_features(features: datasets.Features, strategy: str) -> datasets.Fea
 
 
 def _format(format: dict, strategy: str) -> dict:
-    """Arguments of `with_format` for the packed dataset: those of `format`, and the new column where it names columns."""
+    """Arguments of `with_format` for the packed dataset: `format`, with the new column where columns are named."""
     format = {**format, **format.get("format_kwargs", {})}
     format.pop("format_kwargs", None)
     if strategy != "wrapped" and format.get("columns") is not None:
