@@ -1,0 +1,113 @@
+"""Devices, precision and ranks: the Accelerator of a run, and models wrapped for DDP, FSDP2 or DeepSpeed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedDataParallelKwargs,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    GradientAccumulationPlugin,
+    TorchDynamoPlugin,
+)
+
+
+def make_accelerator(args) -> Accelerator:
+    """The Accelerator that `args` and the launcher's environment describe; gradient accumulation stays with the loop.
+
+    Raises ValueError for combinations of fields that contradict each other.
+    """
+    config = args.accelerator_config.to_dict()
+    accumulation = dict(config["gradient_accumulation_kwargs"] or {})
+    num_steps = accumulation.pop("num_steps", None)
+    if num_steps is not None:
+        if args.gradient_accumulation_steps > 1:
+            raise ValueError(
+                f"accelerator_config sets num_steps={num_steps} and gradient_accumulation_steps is "
+                f"{args.gradient_accumulation_steps}: set only one of them."
+            )
+        args.gradient_accumulation_steps = num_steps
+    loader = {name: config[name] for name in ("split_batches", "dispatch_batches", "even_batches", "non_blocking")}
+    kwargs: dict[str, Any] = {
+        "mixed_precision": args.mixed_precision,
+        "deepspeed_plugin": args.deepspeed_plugin,
+        "dataloader_config": DataLoaderConfiguration(
+            **loader, use_seedable_sampler=config["use_seedable_sampler"], data_seed=args.data_seed
+        ),
+        "gradient_accumulation_plugin": GradientAccumulationPlugin(num_steps=1, **accumulation),
+        "kwargs_handlers": [_ddp_settings(args)],
+        "dynamo_plugin": TorchDynamoPlugin(backend=args.torch_compile_backend, mode=args.torch_compile_mode),
+    }
+    if args.fsdp_plugin_args is not None:
+        kwargs["fsdp_plugin"] = FullyShardedDataParallelPlugin(**args.fsdp_plugin_args)
+    if args.parallelism_config is not None:
+        kwargs["parallelism_config"] = args.parallelism_config
+    accelerator = Accelerator(**kwargs)
+    _check(args, accelerator)
+    if (
+        accelerator.distributed_type == DistributedType.DEEPSPEED
+        and getattr(args, "hf_deepspeed_config", None) is None
+    ):
+        from transformers.integrations.deepspeed import propagate_args_to_deepspeed
+
+        propagate_args_to_deepspeed(accelerator, args)
+    return accelerator
+
+
+def _ddp_settings(args) -> DistributedDataParallelKwargs:
+    find_unused = args.ddp_find_unused_parameters
+    # searching the graph for unused parameters does not work with checkpointing, which builds it in the backward pass
+    options = {"find_unused_parameters": not args.gradient_checkpointing if find_unused is None else find_unused}
+    for name in ("bucket_cap_mb", "broadcast_buffers", "static_graph"):
+        if (value := getattr(args, f"ddp_{name}", None)) is not None:
+            options[name] = value
+    return DistributedDataParallelKwargs(**options)
+
+
+def _check(args, accelerator: Accelerator) -> None:
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None:
+        return
+    if plugin.fsdp_version == 1:
+        raise ValueError(
+            "FSDP version 1 is not supported: use version 2 (`--fsdp_version 2`, or fsdp_config.version=2)."
+        )
+    if plugin.activation_checkpointing and args.gradient_checkpointing:
+        raise ValueError(
+            "FSDP's activation_checkpointing and gradient_checkpointing=True do the same work twice: set one to False."
+        )
+
+
+def is_fsdp(accelerator: Accelerator) -> bool:
+    """Whether models are sharded with FSDP2."""
+    return accelerator.distributed_type == DistributedType.FSDP
+
+
+def prepare_model(trainer) -> None:
+    """Make the optimizer and wrap `trainer.model` and it together; sets `model_wrapped` and `optimizer`.
+
+    DDP and DeepSpeed wrap the model; FSDP2 shards it in place, and the optimizer then holds the shards. A model that
+    is wrapped already stays so, and only the optimizer is made new.
+    """
+    accelerator = trainer.accelerator
+    if getattr(trainer, "_is_prepared", False):
+        if trainer.optimizer is None:
+            trainer.create_optimizer()
+            trainer.optimizer = accelerator.prepare_optimizer(trainer.optimizer)
+        return
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        from transformers.integrations.deepspeed import deepspeed_init
+
+        trainer.optimizer, trainer.lr_scheduler = deepspeed_init(trainer, num_training_steps=trainer.args.max_steps)
+    else:
+        trainer.create_optimizer()
+    trainer.model_wrapped, trainer.optimizer = accelerator.prepare(trainer.model, trainer.optimizer)
+    if is_fsdp(accelerator):
+        trainer.model = trainer.model_wrapped
+        if hasattr(trainer.model, "generate"):
+            torch.distributed.fsdp.register_fsdp_forward_method(trainer.model, "generate")
+    trainer._is_prepared = True
