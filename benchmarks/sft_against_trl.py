@@ -3,7 +3,8 @@
     python benchmarks/sft_against_trl.py --data train.jsonl --steps 30 --repeats 3
 
 `--data` is a jsonl file with two text columns (`--columns question answer`); without it, texts of similar lengths are
-made up. Runs of the two libraries alternate, so that a drift of the machine meets both; medians go to benchmarks/results/.
+made up. Runs of the two libraries alternate, so that a drift of the machine meets both; medians go to
+benchmarks/results/.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from ..data.packing import pack_dataset
 from ..data.tokenize import prepare_sft_dataset
 from ..data.vision import VisionCollator
 from ..loop import Trainer
+from ..loop.offload import offload_activations
 from ..loop.selective import enable_selective_checkpointing
 from ..models import (
     model_name,
@@ -234,8 +235,8 @@ class SFTTrainer(Trainer):
 
     def _prepared(self, dataset, args, packing: bool, name: str):
         """Raw rows -> rows of `input_ids`, `labels` (and `seq_lengths` when packed)."""
-        if self._skip_preparation or dataset is None:
-            return dataset
+        if self._skip_preparation or dataset is None or "seq_lengths" in (dataset.column_names or ()):
+            return dataset  # packed rows are ready
         with PartialState().main_process_first():
             dataset = prepare_sft_dataset(
                 dataset,
@@ -292,6 +293,10 @@ class SFTTrainer(Trainer):
         return super().evaluate(eval_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
 
     # Loss
+
+    def activation_context(self):
+        """Offload activations where asked."""
+        return offload_activations(self.model) if self.args.activation_offloading else super().activation_context()
 
     def compute_loss(self, model, inputs: TokenBatch, return_outputs: bool = False, num_items_in_batch=None):
         """Sum of token losses over `num_items_in_batch` (unset: over this batch's scored tokens), plus balancing "
