@@ -1,0 +1,304 @@
+"""Texts and conversations to token ids, a batch at a time, with each prompt encoded once."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import logging
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, ProcessorMixin
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from .chat import shared_start
+from .formats import prepare_multimodal_messages
+from .masks import assistant_mask, common_prefix_length
+
+logger = logging.getLogger(__name__)
+
+Messages = list[dict[str, Any]]
+Ids = list[list[int]]
+_NOT_FOR_ROWS = {"tokenize", "return_dict", "add_generation_prompt", "continue_final_message", "return_tensors"} | {
+    "return_assistant_tokens_mask",
+    "padding",
+    "truncation",
+    "max_length",
+    "tokenizer_kwargs",
+}
+_CHECKED_ROWS = 8  # rows on which the split encoding is held against the direct one before it is trusted
+
+
+@dataclass
+class Completions:
+    """B prompts, each with K completions."""
+
+    prompt_ids: Ids  # B: the prompt alone, with the generation prompt
+    ids: list[Ids]  # K x B: prompt and completion together
+    prompt_lengths: list[list[int]]  # K x B: tokens that the prompt alone and the whole begin with
+    assistant_masks: list[Ids] | None  # K x B x tokens, 0/1; None if not asked for
+
+
+class Encoder:
+    """Token ids as `processing_class(text)` and `processing_class.apply_chat_template` make them, in batches.
+
+    `settings` (one dict per row, or None) are arguments of the chat template: `tools` and the row's
+    `chat_template_kwargs`. Tokenizers that are not plain fast ones, and processors, are called row by row.
+    """
+
+    def __init__(self, processing_class: Any, chat_template: str | None = None):
+        self.processing_class = processing_class
+        self.chat_template = chat_template
+        self.is_fast = _is_plain_fast(processing_class)
+        self._warned = False
+        self._last_separator: re.Pattern | None = None
+        self._split_is_checked = False
+        if not self.is_fast:
+            logger.info("%s is encoded row by row: it has its own way.", type(processing_class).__name__)
+
+    # Texts
+
+    def texts(self, texts: Sequence[str], special_tokens: bool = True) -> Ids:
+        """Ids of each text; `special_tokens` adds what the tokenizer puts around a text (BOS, ...)."""
+        if self.is_fast:
+            encodings = self._backend().encode_batch_fast(texts, add_special_tokens=special_tokens)
+            with _paused_gc():  # a list of ints per row sets the collector off again and again
+                return [encoding.ids for encoding in encodings]
+        if isinstance(self.processing_class, ProcessorMixin):
+            return [_plain(self.processing_class(text=text)["input_ids"][0]) for text in texts]
+        return [self.processing_class(text=text, add_special_tokens=special_tokens)["input_ids"] for text in texts]
+
+    def _backend(self) -> Any:
+        backend = self.processing_class.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        if backend.encode_special_tokens != self.processing_class.split_special_tokens:
+            backend.encode_special_tokens = self.processing_class.split_special_tokens
+        return backend
+
+    # Conversations
+
+    def conversations(
+        self,
+        conversations: Sequence[Messages],
+        settings: Sequence[dict[str, Any]] | None = None,
+        generation_prompt: bool = False,
+        marks: bool = False,
+    ) -> tuple[Ids, Ids | None]:
+        """Ids of each conversation, and with `marks` the 0/1 masks of what the assistant says."""
+        if not self.is_fast:
+            return self._one_by_one(conversations, settings, generation_prompt, marks)
+        texts, spans = self.render(conversations, settings, generation_prompt, marks)
+        if not marks:
+            return self.texts(texts, special_tokens=False), None
+        encodings = self._backend().encode_batch(texts, add_special_tokens=False)
+        masks = [assistant_mask(encoding, found) for encoding, found in zip(encodings, spans, strict=True)]
+        return [encoding.ids for encoding in encodings], masks
+
+    def render(
+        self,
+        conversations: Sequence[Messages],
+        settings: Sequence[dict[str, Any]] | None,
+        generation_prompt: bool = False,
+        marks: bool = False,
+    ) -> tuple[list[str], list[list[tuple[int, int]]]]:
+        """Text of each conversation, and with `marks` the character spans of its `{% generation %}` blocks."""
+        if not all(conversations):
+            raise ValueError("A row holds no messages; a conversation needs at least one. Filter such rows out.")
+        texts, spans = [""] * len(conversations), [[] for _ in conversations]
+        for members, arguments in _groups(settings, len(conversations)):
+            arguments = {"chat_template": self.chat_template} | arguments
+            tools = arguments.pop("tools", None)
+            template = self.processing_class.get_chat_template(arguments.pop("chat_template"), tools)
+            rendered, found = render_jinja_template(
+                conversations=[conversations[i] for i in members],
+                tools=tools,
+                chat_template=template,
+                return_assistant_tokens_mask=marks,
+                add_generation_prompt=generation_prompt,
+                **(self.processing_class.special_tokens_map | arguments),
+            )
+            for i, text in zip(members, rendered, strict=True):
+                texts[i] = text
+            if marks:
+                for i, where in zip(members, found, strict=True):
+                    spans[i] = where
+        return texts, spans
+
+    def _one_by_one(self, conversations, settings, generation_prompt: bool, marks: bool) -> tuple[Ids, Ids | None]:
+        batched = isinstance(self.processing_class, ProcessorMixin)
+        ids, masks = [], []
+        for i, messages in enumerate(conversations):
+            arguments = {"chat_template": self.chat_template} | (settings[i] if settings else {})
+            output = self.processing_class.apply_chat_template(
+                prepare_multimodal_messages(messages) if batched else messages,
+                tokenize=True,
+                return_dict=True,
+                return_assistant_tokens_mask=marks,
+                **({"add_generation_prompt": True} if generation_prompt else {}),
+                **arguments,
+            )
+            ids.append(_plain(output["input_ids"][0] if batched else output["input_ids"]))
+            if marks:
+                masks.append(_plain(output["assistant_masks"][0] if batched else output["assistant_masks"]))
+        return ids, masks if marks else None
+
+    # Prompts with completions
+
+    def completions(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Sequence[Any]],
+        settings: Sequence[dict[str, Any]] | None = None,
+        marks: bool = False,
+    ) -> Completions:
+        """Encode B prompts, and each of them followed by each of K completions (K lists of B).
+
+        Texts or messages. The completion starts where the ids of the prompt alone and of the whole part, which is not
+        always behind the prompt; then a warning is given once.
+        """
+        wholes = [[p + c for p, c in zip(prompts, column, strict=True)] for column in completions]
+        masks = None
+        if prompts and isinstance(prompts[0], str):
+            prompt_ids, ids = self.texts(prompts), [self.texts(column) for column in wholes]
+        elif marks or not self.is_fast:
+            prompt_ids, _ = self.conversations(prompts, settings, generation_prompt=True)
+            pairs = [self.conversations(column, settings, marks=marks) for column in wholes]
+            ids, masks = [pair[0] for pair in pairs], [pair[1] for pair in pairs] if marks else None
+        else:
+            rendered = self.render(prompts, settings, generation_prompt=True)[0]
+            prompt_ids, ids = self._split(rendered, [self.render(column, settings)[0] for column in wholes])
+        lengths = [[*map(common_prefix_length, prompt_ids, column)] for column in ids]
+        self._warn_of_seams(prompt_ids, lengths)
+        return Completions(prompt_ids, ids, lengths, masks)  # type: ignore[arg-type]
+
+    def _split(self, prompts: list[str], wholes: list[list[str]]) -> tuple[Ids, list[Ids]]:
+        """Ids of the rendered prompts and wholes, encoding what they share once.
+
+        A special token that takes no whitespace along cuts a text for the tokenizer: what stands before and behind it
+        is encoded apart. So prompt and wholes share everything up to the last such token they have in common.
+        """
+        if not self._split_is_checked and self._last_separator is None:
+            self._last_separator = self._separators(prompts)
+        cuts = [0] * len(prompts)
+        if self._last_separator is not None:
+            for row, prompt in enumerate(prompts):
+                found = self._last_separator.match(shared_start(prompt, *(column[row] for column in wholes)))
+                cuts[row] = found.end() if found else 0
+        heads = self.texts([text[:cut] for text, cut in zip(prompts, cuts, strict=True)], False)
+        ends = [text[cut:] for text, cut in zip(prompts, cuts, strict=True)]
+        known = dict(zip(unique := [*dict.fromkeys(ends)], self.texts(unique, False), strict=True))
+        prompt_ids = [head + known[end] for head, end in zip(heads, ends, strict=True)]
+        ids = []
+        for column in wholes:
+            tails = self.texts([text[cut:] for text, cut in zip(column, cuts, strict=True)], False)
+            ids.append([head + tail for head, tail in zip(heads, tails, strict=True)])
+        if self._last_separator is not None and not self._split_is_checked:
+            self._split_is_checked = True
+            some = slice(_CHECKED_ROWS)
+            if [self.texts(t[some], False) for t in (prompts, *wholes)] != [t[some] for t in (prompt_ids, *ids)]:
+                logger.info(
+                    "The tokenizer does not encode the parts of a text on their own; prompts are encoded anew."
+                )
+                self._last_separator = None
+                return self._split(prompts, wholes)
+        return prompt_ids, ids
+
+    def _separators(self, texts: list[str]) -> re.Pattern | None:
+        """Pattern that reaches to the last token that cuts a text in two; None where `texts` hold no such token.
+
+        Such a token takes no whitespace along, lies in no other added token, and no other one can end inside it.
+        """
+        tokens = self.processing_class.added_tokens_decoder.values()
+        every = [token.content for token in tokens]
+        endings = {text[i:] for text in every for i in range(1, len(text))}
+        blob, sample = "\0".join(every), "\0".join(texts)
+        cutting = [
+            text
+            for token in tokens
+            if not (token.normalized or token.lstrip or token.rstrip or token.single_word)
+            and (text := token.content) in sample
+            and blob.count(text) == 1
+            and not any(text[:i] in endings for i in range(1, len(text)))
+        ]
+        first_is_special = "prepend_scheme=first" in repr(self.processing_class.backend_tokenizer.pre_tokenizer)
+        if not cutting or first_is_special or self.processing_class.split_special_tokens:
+            return None
+        return re.compile("(?s:.*)(?:" + "|".join(map(re.escape, cutting)) + ")")
+
+    def _warn_of_seams(self, prompt_ids: Ids, lengths: list[list[int]]) -> None:
+        if self._warned:
+            return
+        for column in lengths:
+            for row, length in enumerate(column):
+                if length < len(prompt_ids[row]):
+                    self._warned = True
+                    tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+                    logger.warning(
+                        "The tokens of a prompt are not the beginning of those of prompt and completion: the chat "
+                        "template renders the prompt alone differently, or tokens merge across the border. The "
+                        "completion starts where they part, and this end of the prompt is left out: %r. The model "
+                        "will meet another context when it is used. Said once, though it may concern every row.",
+                        tokenizer.decode(prompt_ids[row][length:]),
+                    )
+                    return
+
+
+def row_settings(rows: int, tools: Sequence[Any] | None, kwargs: Sequence[Any] | None, common: dict[str, Any] | None):
+    """Arguments of the chat template for each row, from the columns `tools` and `chat_template_kwargs`; or None.
+
+    `tools` may be JSON text. ValueError for a key that is not the template's.
+    """
+    if tools is None and kwargs is None and not common:
+        return None
+    settings = []
+    for i in range(rows):
+        row_tools = tools[i] if tools is not None else None
+        row_tools = json.loads(row_tools) if isinstance(row_tools, str) else row_tools
+        merged = {"tools": row_tools} | (common or {}) | ((kwargs[i] if kwargs is not None else None) or {})
+        if wrong := _NOT_FOR_ROWS & merged.keys():
+            raise ValueError(f"`chat_template_kwargs` of a row holds {sorted(wrong)}, which the trainer itself sets.")
+        settings.append(merged)
+    return settings
+
+
+def _groups(settings: Sequence[dict[str, Any]] | None, rows: int) -> Iterator[tuple[Sequence[int], dict[str, Any]]]:
+    """Rows with equal settings, together."""
+    if not settings:
+        yield range(rows), {}
+        return
+    groups: dict[str, list[int]] = {}
+    for i, arguments in enumerate(settings):
+        groups.setdefault(json.dumps(arguments, sort_keys=True, default=repr), []).append(i)
+    for members in groups.values():
+        yield members, dict(settings[members[0]])
+
+
+def _is_plain_fast(processing_class: Any) -> bool:
+    """Whether the class leaves encoding and templates as transformers has them for Rust tokenizers."""
+    own, plain = type(processing_class), PreTrainedTokenizerFast
+
+    def inherits(name: str) -> bool:
+        found: Callable = getattr(own, name, None)  # type: ignore[assignment]
+        return found is getattr(plain, name)
+
+    names = ("__call__", "_encode_plus", "apply_chat_template", "get_chat_template")
+    return isinstance(processing_class, PreTrainedTokenizerBase) and all(inherits(name) for name in names)
+
+
+def _plain(ids: Any) -> list[int]:
+    return ids if isinstance(ids, list) else [int(i) for i in ids]
+
+
+@contextlib.contextmanager
+def _paused_gc() -> Iterator[None]:
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()

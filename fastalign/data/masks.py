@@ -1,0 +1,115 @@
+"""Ragged rows of token ids as flat arrays: labels, truncation, and dropping of rows that nothing is learnt from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+IGNORED = -100  # label of a token that is not scored
+
+
+@dataclass
+class Rows:
+    """R rows of tokens back to back."""
+
+    ids: np.ndarray  # (T,) int32
+    labels: np.ndarray  # (T,) int32, IGNORED = not scored
+    lengths: np.ndarray  # (R,) int64, tokens per row
+
+    def table(self) -> pa.Table:
+        """Columns `input_ids` and `labels`, lists of int32."""
+        offsets = pa.array(bounds(self.lengths).astype(np.int32))
+        columns = [pa.ListArray.from_arrays(offsets, pa.array(values)) for values in (self.ids, self.labels)]
+        return pa.table(columns, names=["input_ids", "labels"])
+
+    def truncated(self, max_length: int, mode: str) -> Rows:
+        """Every row cut to `max_length` tokens: its first (`keep_start`) or its last (`keep_end`) ones."""
+        if not len(self.lengths) or self.lengths.max() <= max_length:
+            return self
+        from_start = np.arange(len(self.ids)) - np.repeat(bounds(self.lengths)[:-1], self.lengths)
+        if mode == "keep_start":
+            keep = from_start < max_length
+        else:
+            keep = from_start >= np.repeat(self.lengths - max_length, self.lengths)
+        return Rows(self.ids[keep], self.labels[keep], np.minimum(self.lengths, max_length))
+
+    def scored(self) -> np.ndarray:
+        """(R,) bool: rows with at least one scored token."""
+        before = np.concatenate(([0], np.cumsum(self.labels != IGNORED)))
+        edges = bounds(self.lengths)
+        return before[edges[1:]] > before[edges[:-1]]
+
+    def take(self, keep: np.ndarray) -> Rows:
+        """The rows where `keep`, (R,) bool, is true."""
+        if keep.all():
+            return self
+        tokens = np.repeat(keep, self.lengths)
+        return Rows(self.ids[tokens], self.labels[tokens], self.lengths[keep])
+
+
+def bounds(lengths: np.ndarray) -> np.ndarray:
+    """(R + 1,) int64: where each row starts, and the end of the last."""
+    return np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
+
+
+def flatten(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Lists of token ids -> (T,) int32 and their lengths (R,) int64."""
+    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+    return np.fromiter(chain.from_iterable(rows), np.int32, int(lengths.sum())), lengths
+
+
+def flat_column(column: pa.ChunkedArray | pa.Array, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """An Arrow column of integer lists -> (T,) int32 and the lengths (R,) int64. ValueError for any other type."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    is_list = pa.types.is_list(array.type) or pa.types.is_large_list(array.type)
+    of = array.type.value_type if is_list else array.type
+    is_empty = is_list and not len(array.flatten())  # an empty column has no type of its own
+    if not is_list or not (pa.types.is_integer(of) or pa.types.is_boolean(of) or is_empty):
+        raise ValueError(f"The column `{name}` must hold lists of integers, found {array.type}.")
+    if array.null_count:
+        raise ValueError(f"The column `{name}` has {array.null_count} rows without a list; remove them first.")
+    values = array.flatten().to_numpy(zero_copy_only=False).astype(np.int32)
+    return values, np.diff(array.offsets.to_numpy()).astype(np.int64)
+
+
+def build_labels(ids: np.ndarray, masks: Iterable[np.ndarray]) -> np.ndarray:
+    """(T,) int32: the id where every mask (T,) is non-zero, else IGNORED."""
+    labels = ids.copy()
+    for mask in masks:
+        labels[mask == 0] = IGNORED
+    return labels
+
+
+def after_prompt(lengths: np.ndarray, prompt_lengths: np.ndarray) -> np.ndarray:
+    """(T,) bool: true for the tokens behind the first `prompt_lengths`, (R,), of each row."""
+    from_start = np.arange(lengths.sum()) - np.repeat(bounds(lengths)[:-1], lengths)
+    return from_start >= np.repeat(prompt_lengths, lengths)
+
+
+def assistant_mask(encoding: Any, spans: Sequence[tuple[int, int]]) -> list[int]:
+    """0/1 per token of a `tokenizers.Encoding`: 1 where the token lies in one of the character spans.
+
+    As transformers does it: a span that starts behind the last token ends the search, one whose last character has
+    no token reaches to the end.
+    """
+    mask = [0] * len(encoding.ids)
+    for start, end in spans:
+        first, last = encoding.char_to_token(start), encoding.char_to_token(end - 1)
+        if first is None:
+            break
+        stop = last + 1 if last else len(mask)
+        mask[first:stop] = [1] * max(stop - first, 0)
+    return mask
+
+
+def common_prefix_length(ids: Sequence[int], other: Sequence[int]) -> int:
+    """Number of tokens both begin with."""
+    shorter = min(len(ids), len(other))
+    if ids[:shorter] == other[:shorter]:
+        return shorter
+    return next(i for i in range(shorter) if ids[i] != other[i])
