@@ -25,7 +25,8 @@ _PUBLIC = {  # public name -> module that defines it; imported on first use, so 
     "maybe_extract_prompt": "fastalign.data.formats",
     "maybe_unpair_preference_dataset": "fastalign.data.formats",
     "pack_dataset": "fastalign.data.packing",
-    "prepare_multimodal_messages": "fastalign.data.vision_messages",
+    "prepare_multimodal_messages": "fastalign.data.formats",
+    "supports_tool_calling": "fastalign.data.chat",
     "unpair_preference_dataset": "fastalign.data.formats",
     "write_report": "fastalign.report",
 }
