@@ -30,7 +30,7 @@ _PUBLIC = {  # public name -> module that defines it; imported on first use, so 
     "unpair_preference_dataset": "fastalign.data.formats",
     "write_report": "fastalign.report",
 }
-__all__ = [*_PUBLIC, "__version__"]  # noqa: PLE0604
+__all__ = [*_PUBLIC, "__version__"]
 
 
 def __getattr__(name: str):

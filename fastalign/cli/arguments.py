@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-
-def _option(default, help: str, **metadata) -> Any:
-    return field(default=default, metadata={"help": help, **metadata})
+from ..config import arg
 
 
 @dataclass
@@ -16,17 +13,17 @@ class ScriptArguments:
 
     _argument_group_name = "data"
 
-    dataset_name: str | None = _option(
+    dataset_name: str | None = arg(
         None, "Hub name, local folder, or jsonl, json, parquet or csv file. Not used where `datasets` is given."
     )
-    dataset_config: str | None = _option(None, "Configuration of the dataset (`name` of `datasets.load_dataset`).")
-    dataset_train_split: str = _option("train", "Split to train on.")
-    dataset_test_split: str = _option("test", "Split to evaluate on, where `eval_strategy` asks for evaluation.")
-    dataset_streaming: bool = _option(False, "Read the dataset as a stream, without downloading it first.")
-    ignore_bias_buffers: bool = _option(
+    dataset_config: str | None = arg(None, "Configuration of the dataset (`name` of `datasets.load_dataset`).")
+    dataset_train_split: str = arg("train", "Split to train on.")
+    dataset_test_split: str = arg("test", "Split to evaluate on, where `eval_strategy` asks for evaluation.")
+    dataset_streaming: bool = arg(False, "Read the dataset as a stream, without downloading it first.")
+    ignore_bias_buffers: bool = arg(
         False, "DDP: leave boolean buffers of the model out of broadcasts (some older models need it)."
     )
-    dataset_columns: dict[str, str] | None = _option(
+    dataset_columns: dict[str, str] | None = arg(
         None,
         "Columns to take and the names to give them, as NEW=OLD,NEW=OLD (YAML: a mapping), for example "
         "prompt=question,completion=answer. The other columns are dropped.",
@@ -41,7 +38,9 @@ def parse_columns(text: str) -> dict[str, str]:
     """`"prompt=question,completion=answer"` -> `{"prompt": "question", "completion": "answer"}`; ValueError if malformed."""
     pairs = [part.split("=") for part in text.split(",")]
     if not all(len(pair) == 2 and all(map(str.strip, pair)) for pair in pairs):
-        raise ValueError(f"`dataset_columns` is {text!r}; write NEW=OLD pairs, such as prompt=question,completion=answer.")
+        raise ValueError(
+            f"`dataset_columns` is {text!r}; write NEW=OLD pairs, such as prompt=question,completion=answer."
+        )
     return {new.strip(): old.strip() for new, old in pairs}
 
 
@@ -51,34 +50,34 @@ class ModelConfig:
 
     _argument_group_name = "model"
 
-    model_name_or_path: str | None = _option(None, "Hub name or local folder of the model.")
-    model_revision: str = _option("main", "Branch, tag or commit of the model on the Hub.")
-    dtype: str | None = _option(
+    model_name_or_path: str | None = arg(None, "Hub name or local folder of the model.")
+    model_revision: str = arg("main", "Branch, tag or commit of the model on the Hub.")
+    dtype: str | None = arg(
         "float32", "Precision of the loaded weights.", choices=["auto", "bfloat16", "float16", "float32"]
     )
-    attn_implementation: str | None = _option(
+    attn_implementation: str | None = arg(
         None, "Attention implementation to load the model with; unset: chosen by what is installed."
     )
-    use_peft: bool = _option(False, "Train LoRA adapters instead of the whole model (needs `peft`).")
-    lora_r: int = _option(16, "Rank of the adapters.")
-    lora_alpha: int = _option(32, "Scale of the adapters: their output is multiplied by alpha / r.")
-    lora_dropout: float = _option(0.05, "Dropout in front of the adapters.")
-    lora_target_modules: list[str] | None = _option(
+    use_peft: bool = arg(False, "Train LoRA adapters instead of the whole model (needs `peft`).")
+    lora_r: int = arg(16, "Rank of the adapters.")
+    lora_alpha: int = arg(32, "Scale of the adapters: their output is multiplied by alpha / r.")
+    lora_dropout: float = arg(0.05, "Dropout in front of the adapters.")
+    lora_target_modules: list[str] | None = arg(
         None, "Modules that get an adapter, by the end of their names, or 'all-linear'; unset: PEFT's choice."
     )
-    lora_target_parameters: list[str] | None = _option(
+    lora_target_parameters: list[str] | None = arg(
         None, "Parameters that get an adapter where the module is no linear layer (experts)."
     )
-    lora_modules_to_save: list[str] | None = _option(None, "Modules trained in full beside the adapters.")
-    lora_task_type: str = _option("CAUSAL_LM", "Task type handed to PEFT ('SEQ_CLS' for reward models).")
-    use_rslora: bool = _option(False, "Rank-stabilised LoRA: scale alpha / sqrt(r).")
-    use_dora: bool = _option(False, "DoRA: adapters for the direction of the weights, a vector for their magnitude.")
-    load_in_8bit: bool = _option(False, "Hold the base model in 8 bits (with adapters only; needs bitsandbytes).")
-    load_in_4bit: bool = _option(False, "Hold the base model in 4 bits (with adapters only; needs bitsandbytes).")
-    bnb_4bit_quant_type: str = _option("nf4", "Number format of 4-bit weights.", choices=["fp4", "nf4"])
-    use_bnb_nested_quant: bool = _option(False, "Quantise the scales of 4-bit weights as well.")
-    bnb_4bit_quant_storage: str | None = _option(None, "dtype in which 4-bit weights are stored.")
-    from_scratch: bool = _option(
+    lora_modules_to_save: list[str] | None = arg(None, "Modules trained in full beside the adapters.")
+    lora_task_type: str = arg("CAUSAL_LM", "Task type handed to PEFT ('SEQ_CLS' for reward models).")
+    use_rslora: bool = arg(False, "Rank-stabilised LoRA: scale alpha / sqrt(r).")
+    use_dora: bool = arg(False, "DoRA: adapters for the direction of the weights, a vector for their magnitude.")
+    load_in_8bit: bool = arg(False, "Hold the base model in 8 bits (with adapters only; needs bitsandbytes).")
+    load_in_4bit: bool = arg(False, "Hold the base model in 4 bits (with adapters only; needs bitsandbytes).")
+    bnb_4bit_quant_type: str = arg("nf4", "Number format of 4-bit weights.", choices=["fp4", "nf4"])
+    use_bnb_nested_quant: bool = arg(False, "Quantise the scales of 4-bit weights as well.")
+    bnb_4bit_quant_storage: str | None = arg(None, "dtype in which 4-bit weights are stored.")
+    from_scratch: bool = arg(
         False, "Start from random weights: the folder needs a config.json and a tokenizer, weights are not read."
     )
 

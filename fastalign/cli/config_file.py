@@ -9,7 +9,7 @@ from typing import Any
 
 
 def split_config_option(arguments: list[str]) -> tuple[list[str], str | None]:
-    """Take `--config PATH` out of the arguments: (the rest, PATH or None). ValueError where it is given twice or empty."""
+    """Take `--config PATH` out of the arguments: (the rest, PATH or None). ValueError if given twice."""
     rest: list[str] = []
     found: list[str] = []
     remaining = iter(arguments)

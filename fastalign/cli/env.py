@@ -9,10 +9,23 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PACKAGES = (
-    "torch triton transformers accelerate datasets tokenizers huggingface_hub pyarrow numpy peft bitsandbytes deepspeed "
-    "flash-attn vllm trl"
-).split()
+PACKAGES = [
+    "torch",
+    "triton",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "huggingface_hub",
+    "pyarrow",
+    "numpy",
+    "peft",
+    "bitsandbytes",
+    "deepspeed",
+    "flash-attn",
+    "vllm",
+    "trl",
+]
 CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "asimd", "sve", "bf16")
 
 
@@ -45,7 +58,10 @@ def _version(package: str) -> str:
 
 
 def _torch_build(torch) -> str:
-    parts = [f"CUDA {torch.version.cuda}" if torch.version.cuda else "", f"HIP {torch.version.hip}" if torch.version.hip else ""]
+    parts = [
+        f"CUDA {torch.version.cuda}" if torch.version.cuda else "",
+        f"HIP {torch.version.hip}" if torch.version.hip else "",
+    ]
     return ", ".join([*filter(None, parts)] or ["CPU only"]) + f", {torch.backends.cpu.get_cpu_capability()}"
 
 
@@ -57,7 +73,8 @@ def _cpu_features() -> str:
     lines = [line.split(":", 1) for line in text.splitlines() if ":" in line]
     values = {name.strip(): value.strip() for name, value in lines}
     flags = values.get("flags", values.get("Features", "")).split()
-    return f"{values.get('model name', platform.machine())} ({' '.join(f for f in CPU_FEATURES if f in flags) or 'baseline'})"
+    features = " ".join(feature for feature in CPU_FEATURES if feature in flags)
+    return f"{values.get('model name', platform.machine())} ({features or 'baseline'})"
 
 
 def _accelerators(torch) -> str:
@@ -81,7 +98,11 @@ def _attention(torch) -> str:
         found.append("torch varlen")
     if importlib.util.find_spec("torch.nn.attention.flex_attention"):
         found.append("flex" if torch.cuda.is_available() else "flex (needs a GPU)")
-    found += [name for name, module in (("flash-attn", "flash_attn"), ("kernels", "kernels")) if importlib.util.find_spec(module)]
+    found += [
+        name
+        for name, module in (("flash-attn", "flash_attn"), ("kernels", "kernels"))
+        if importlib.util.find_spec(module)
+    ]
     return ", ".join(found)
 
 

@@ -23,14 +23,24 @@ _FSDP2 = {
     "fsdp_state_dict_type": "FULL_STATE_DICT",
     "fsdp_activation_checkpointing": False,
 }
-_ZERO = {"deepspeed_multinode_launcher": "standard", "offload_optimizer_device": "none", "offload_param_device": "none"}
+_ZERO = {
+    "deepspeed_multinode_launcher": "standard",
+    "offload_optimizer_device": "none",
+    "offload_param_device": "none",
+}
 
 LAUNCH_CONFIGS = {  # value of --accelerate_config -> what the configuration file says beyond the common part
     "single_gpu": {"distributed_type": "NO"},
     "multi_gpu": {"distributed_type": "MULTI_GPU"},
     "fsdp2": {"distributed_type": "FSDP", "fsdp_config": _FSDP2},
-    "zero1": {"distributed_type": "DEEPSPEED", "deepspeed_config": _ZERO | {"zero_stage": 1, "zero3_init_flag": False}},
-    "zero2": {"distributed_type": "DEEPSPEED", "deepspeed_config": _ZERO | {"zero_stage": 2, "zero3_init_flag": False}},
+    "zero1": {
+        "distributed_type": "DEEPSPEED",
+        "deepspeed_config": _ZERO | {"zero_stage": 1, "zero3_init_flag": False},
+    },
+    "zero2": {
+        "distributed_type": "DEEPSPEED",
+        "deepspeed_config": _ZERO | {"zero_stage": 2, "zero3_init_flag": False},
+    },
     "zero3": {
         "distributed_type": "DEEPSPEED",
         "deepspeed_config": _ZERO | {"zero_stage": 3, "zero3_init_flag": True, "zero3_save_16bit_model": True},
@@ -55,7 +65,7 @@ def was_launched() -> bool:
 
 
 def split_launch_arguments(from_file: list[str], rest: list[str]) -> tuple[list[str], list[str], list[str]]:
-    """Sort what the parser does not know: (arguments of `accelerate launch`, unknown in the file, unknown otherwise)."""
+    """Sort what the parser does not know: (for `accelerate launch`, unknown in the file, unknown otherwise)."""
     if not from_file and not rest:
         return [], [], []
     from accelerate.commands.launch import launch_command_parser
@@ -78,7 +88,8 @@ def config_file_of(name: str, folder: str) -> str:
         return name
     if name not in LAUNCH_CONFIGS:
         raise ValueError(
-            f"`accelerate_config` is {name!r}; give a file, or one of {', '.join(LAUNCH_CONFIGS)}{nearest(name, LAUNCH_CONFIGS)}."
+            f"`accelerate_config` is {name!r}; give a file, or one of {', '.join(LAUNCH_CONFIGS)}"
+            f"{nearest(name, LAUNCH_CONFIGS)}."
         )
     import torch
 

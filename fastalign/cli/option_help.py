@@ -12,7 +12,12 @@ from typing import get_args, get_origin
 
 from transformers import TrainingArguments
 
-TITLES = {"AlignConfig": "training loop", "LengthArgs": "sequences", "ModelArgs": "model loading"}
+TITLES = {
+    "AlignConfig": "training loop",
+    "DatasetMixtureConfig": "data",
+    "LengthArgs": "sequences",
+    "ModelArgs": "model loading",
+}
 SECTIONS = {  # fields that the documentation of `TrainingArguments` has under no heading, or under a misleading one
     "output_dir": "Training Duration and Batch Size",
     "resume_from_checkpoint": "Resuming Training",
@@ -30,7 +35,9 @@ class OptionHelp(argparse.HelpFormatter):
     def _format_action_invocation(self, action) -> str:
         if not action.option_strings or action.nargs == 0:
             return super()._format_action_invocation(action)
-        return f"{action.option_strings[0]} {self._format_args(action, self._get_default_metavar_for_optional(action))}"
+        return (
+            f"{action.option_strings[0]} {self._format_args(action, self._get_default_metavar_for_optional(action))}"
+        )
 
     def _get_help_string(self, action) -> str:
         text = (action.help or "").strip()
@@ -49,7 +56,9 @@ class OptionHelp(argparse.HelpFormatter):
 def _training_sections() -> dict[str, str]:
     """Field of `TrainingArguments` -> heading (`> Logging`) that its documentation has it under."""
     sections, heading = {}, "Training"
-    for title, name in re.findall(r"^ *> ([A-Z].{,60})$|^ *(\w+) ?\([^)]*`", inspect.getdoc(TrainingArguments) or "", re.M):
+    for title, name in re.findall(
+        r"^ *> ([A-Z].{,60})$|^ *(\w+) ?\([^)]*`", inspect.getdoc(TrainingArguments) or "", re.M
+    ):
         if title:
             heading = title
         else:
@@ -59,7 +68,7 @@ def _training_sections() -> dict[str, str]:
 
 def option_group(parser: argparse.ArgumentParser, dtype: type, name: str) -> argparse._ArgumentGroup:
     """The group of field `name` of dataclass `dtype`: of the first class in its ancestry that declares the field."""
-    owner = next(c for c in reversed(dtype.__mro__) if name in c.__dict__.get("__annotations__", {}))
+    owner = next(c for c in reversed(dtype.__mro__) if name in inspect.get_annotations(c))
     if owner is TrainingArguments:
         title = _training_sections().get(name, "Other Training Settings").lower()
     else:

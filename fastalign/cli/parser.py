@@ -34,8 +34,8 @@ class AlignParser(HfArgumentParser):
         for dataclass_type in types:
             if "config" in dataclass_type.__dataclass_fields__:
                 raise ValueError(
-                    f"Dataclass {dataclass_type.__name__} has a field named 'config', which is the name of the option for the "
-                    "YAML file. Rename the field."
+                    f"Dataclass {dataclass_type.__name__} has a field named 'config', the name of the option for "
+                    "the YAML file. Rename the field."
                 )
         self._hints: dict[str, Any] = {}  # option -> type it was declared with
         super().__init__(types, **({"formatter_class": OptionHelp, "allow_abbrev": False} | kwargs))
@@ -71,8 +71,8 @@ class AlignParser(HfArgumentParser):
     ) -> tuple[Any, ...]:
         """One instance per dataclass, from the command line (`sys.argv` if `args` is None) and the YAML file it names.
 
-        Unknown names raise ValueError; with `return_remaining_strings` they are returned as a last element (as two, file and
-        command line, with `separate_remaining_strings`), and with `fail_with_unknown_args=False` those of the file are dropped.
+        Unknown names raise ValueError; with `return_remaining_strings` they are returned as a last element (as two, file
+        and command line, with `separate_remaining_strings`), and `fail_with_unknown_args=False` drops those of the file.
         """
         arguments, config_remaining = self.read_config_option(args)
         *parsed, remaining = self.parse_args_into_dataclasses(
@@ -87,7 +87,7 @@ class AlignParser(HfArgumentParser):
         return tuple(parsed)
 
     def read_config_option(self, args: Iterable[str] | None) -> tuple[list[str], list[str]]:
-        """Take in the YAML file that `args` names: (the other arguments, what the parser does not know of the file)."""
+        """Take in the YAML file that `args` names: (the other arguments, what nobody knows of the file)."""
         arguments, path = split_config_option(list(sys.argv[1:] if args is None else args))
         if path is None:
             return arguments, []
@@ -120,7 +120,7 @@ class AlignParser(HfArgumentParser):
     def _checked(self, action: argparse.Action, value):
         """A YAML value as the field takes it; texts are read as on the command line. ValueError if it does not fit."""
         hint = self._hints.get(action.dest, Any)
-        value = _as_list_of_dataclasses(hint, _yaml_bool(hint, value), action.dest)
+        value = _yaml_bool(hint, value)
         if isinstance(action.nargs, str) and action.nargs in "+*" and value is not None:
             value = value if isinstance(value, list) else [value]
             return [self._read(action, item) if isinstance(item, str) else item for item in value]
@@ -129,7 +129,9 @@ class AlignParser(HfArgumentParser):
         if not _fits(hint, value):
             if str in _members(hint) and isinstance(value, (int, float)):
                 return str(value)
-            raise ValueError(f"`{action.dest}` in the config file is {value!r}; it must be {placeholder(action, hint)}.")
+            raise ValueError(
+                f"`{action.dest}` in the config file is {value!r}; it must be {placeholder(action, hint)}."
+            )
         return value
 
     def _read(self, action: argparse.Action, text: str):
@@ -190,19 +192,6 @@ def _yaml_bool(hint, value):
 
 def _is_enum(kind) -> bool:
     return inspect.isclass(kind) and issubclass(kind, Enum)
-
-
-def _as_list_of_dataclasses(hint, value, name: str):
-    """Mappings in a list of dataclasses (`datasets:`) become instances; an unknown key raises ValueError."""
-    inner = get_args(hint)[0] if get_origin(hint) is list else None
-    if not (dataclasses.is_dataclass(inner) and isinstance(value, list)):
-        return value
-    known = [field.name for field in dataclasses.fields(inner)]
-    for item in value:
-        for key in item if isinstance(item, dict) else ():
-            if key not in known:
-                raise ValueError(f"unknown key `{key}` in `{name}` of the config file{nearest(key, known)}.")
-    return [inner(**item) if isinstance(item, dict) else item for item in value]
 
 
 def _fits(hint, value) -> bool:

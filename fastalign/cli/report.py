@@ -11,7 +11,9 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="fastalign report", description="Write one HTML file with the curves, samples and settings of runs."
     )
-    parser.add_argument("output_dir", nargs="+", help="folder of a run (its output_dir, or one checkpoint); several compare")
+    parser.add_argument(
+        "output_dir", nargs="+", help="folder of a run (its output_dir, or one checkpoint); several compare"
+    )
     parser.add_argument("--output", help="file to write [default: report.html in the first folder]")
     parser.add_argument("--title", help="heading of the page [default: the folders' names]")
     options = parser.parse_args(arguments)

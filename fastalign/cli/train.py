@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import logging
 import sys
-from dataclasses import asdict
-from pathlib import Path
 
-import yaml
 from transformers import AutoConfig, AutoTokenizer, set_seed
 
-from ..data.load import load_rows
+from ..data.load import load_rows, select_columns
 from ..data.mixture import DatasetMixtureConfig, get_dataset
 from ..models import model_class
+from ..report.settings import write_settings
 from .arguments import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 from .launch import add_launch_option, launch, split_launch_arguments, was_launched
 from .parser import AlignParser
 
 logger = logging.getLogger(__name__)
-RUN_FILE = "run.yaml"
 
 
 def make_parser(name: str, config_class: type) -> AlignParser:
@@ -39,7 +36,9 @@ def run(name: str, config_class: type, trainer_class: type, arguments: list[str]
     parser = make_parser(name, config_class)
     try:
         own, file_rest = parser.read_config_option(arguments)
-        namespace, rest = parser.parse_known_args(own)  # dataclasses come later: building them takes hold of the device
+        namespace, rest = parser.parse_known_args(
+            own
+        )  # dataclasses come later: building them takes hold of the device
         launch_arguments, unknown_file, unknown = split_launch_arguments(file_rest, rest)
         if unknown_file or unknown:
             parser.error(parser.unknown_message(unknown_file, unknown))
@@ -58,7 +57,7 @@ def run(name: str, config_class: type, trainer_class: type, arguments: list[str]
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 1
     if trainer.is_world_process_zero():
-        write_run_file(training_args.output_dir, script_args, training_args, model_args, mixture)
+        write_settings(training_args.output_dir, model_args, script_args, training_args, mixture)
     trainer.train(resume_from_checkpoint=_resume_choice(training_args.resume_from_checkpoint))
     _finish(trainer, training_args, script_args)
     return 0
@@ -76,8 +75,8 @@ def make_trainer(trainer_class, script_args, training_args, model_args, mixture)
         test = script_args.dataset_test_split
         if test not in dataset:
             raise ValueError(
-                f"`eval_strategy` asks for evaluation, but the dataset has no split {test!r}, only {sorted(dataset)}. Set "
-                "`dataset_test_split`, or `test_split_size` together with `datasets`."
+                f"`eval_strategy` asks for evaluation, but the dataset has no split {test!r}, only {sorted(dataset)}. "
+                "Set `dataset_test_split`, or `test_split_size` together with `datasets`."
             )
         evaluation = dataset[test]
     model, given = model_args.model_name_or_path, {}
@@ -107,30 +106,16 @@ def make_trainer(trainer_class, script_args, training_args, model_args, mixture)
 
 def load_data(script_args: ScriptArguments, mixture: DatasetMixtureConfig):
     """The dataset by split: the mixture where `datasets` is given, else `dataset_name`; columns chosen and renamed."""
+    columns = script_args.dataset_columns
     if mixture.datasets:
         if script_args.dataset_name:
             logger.warning("`dataset_name` is not used: `datasets` is given too.")
         dataset = get_dataset(mixture)
-    elif script_args.dataset_name:
-        dataset = load_rows(
-            script_args.dataset_name, script_args.dataset_config, streaming=script_args.dataset_streaming
-        )
-    else:
-        raise ValueError("Give the data: `dataset_name` (Hub name, folder or file), or `datasets` in the config file.")
-    if script_args.dataset_columns:
-        for split in dataset:
-            dataset[split] = take_columns(dataset[split], script_args.dataset_columns)
-    return dataset
-
-
-def take_columns(dataset, columns: dict[str, str]):
-    """Only the columns that `columns` (new name -> old name) lists, under their new names. ValueError if one is missing."""
-    have = dataset.column_names or list(next(iter(dataset)))
-    missing = [old for old in columns.values() if old not in have]
-    if missing:
-        raise ValueError(f"`dataset_columns` asks for {missing}, but the dataset has the columns {sorted(have)}.")
-    renamed = {old: new for new, old in columns.items() if old != new}
-    return dataset.select_columns(list(columns.values())).rename_columns(renamed)
+        return select_columns(dataset, columns) if columns else dataset
+    if script_args.dataset_name:
+        name, config, streaming = script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming
+        return load_rows(name, config, columns=columns, streaming=streaming)
+    raise ValueError("Give the data: `dataset_name` (Hub name, folder or file), or `datasets` in the config file.")
 
 
 def model_from_scratch(model_args: ModelConfig, training_args):
@@ -149,20 +134,6 @@ def model_from_scratch(model_args: ModelConfig, training_args):
     return model, AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust)
 
 
-def write_run_file(output_dir: str, script_args, training_args, model_args, mixture) -> None:
-    """Write `run.yaml` with every setting that differs from its default, so that `--config run.yaml` repeats the run."""
-    settings: dict = {}
-    for group in (model_args, script_args, training_args, mixture):
-        fields = {field.name: field for field in group.__dataclass_fields__.values() if field.init}
-        values = training_args.to_dict() if group is training_args else asdict(group)
-        fresh = type(group)(output_dir) if group is training_args else type(group)()
-        defaults = fresh.to_dict() if group is training_args else asdict(fresh)
-        settings |= {k: v for k, v in values.items() if k in fields and k != "hub_token" and v != defaults.get(k)}
-    Path(output_dir).mkdir(parents=True, exist_ok=True)
-    settings["output_dir"] = output_dir
-    Path(output_dir, RUN_FILE).write_text(yaml.safe_dump(settings, sort_keys=True), encoding="utf-8")
-
-
 def _resume_choice(value: str | bool | None) -> str | bool | None:
     words = {"true": True, "false": None, "none": None, "": None}
     return words.get(value.lower(), value) if isinstance(value, str) else value
@@ -174,7 +145,7 @@ def _finish(trainer, training_args, script_args) -> None:
     trainer.save_state()
     say = trainer.accelerator.print
     say(f"\nModel:    {training_args.output_dir}")
-    say(f"Settings: {Path(training_args.output_dir, RUN_FILE)}")
+    say(f"Settings: {training_args.output_dir}/run.yaml")
     say(f"Curves:   fastalign report {training_args.output_dir}")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)

@@ -11,7 +11,9 @@ from .runs import Run, read_run
 __all__ = ["Run", "read_run", "write_report"]
 
 
-def write_report(folders: str | Path | Sequence[str | Path], output: str | Path | None = None, *, title: str | None = None) -> Path:
+def write_report(
+    folders: str | Path | Sequence[str | Path], output: str | Path | None = None, *, title: str | None = None
+) -> Path:
     """Write the report about the runs in `folders`; returns the path of the HTML file.
 
     A folder is a trainer's `output_dir` or one checkpoint. `output` is `report.html` in the first folder if None.

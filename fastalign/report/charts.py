@@ -69,7 +69,9 @@ def line_chart(lines: list[Line]) -> str:
 
     parts = []
     for value in ticks(y_low, y_high):
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{py(value):.1f}" y2="{py(value):.1f}"/>')
+        parts.append(
+            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{py(value):.1f}" y2="{py(value):.1f}"/>'
+        )
         parts.append(f'<text x="{LEFT - 7}" y="{py(value) + 3.5:.1f}" text-anchor="end">{short(value)}</text>')
     for value in ticks(x_low, x_high, 6):
         parts.append(f'<text x="{px(value):.1f}" y="{HEIGHT - 11}" text-anchor="middle">{short(value)}</text>')

@@ -27,7 +27,8 @@ def render_page(runs: list[Run], title: str) -> str:
     made = datetime.datetime.now().strftime("%Y-%m-%d %H:%M")
     return (
         "<!doctype html>\n"
-        f'<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><main>"
         f"<header><h1>{escape(title)}</h1><p>fastalign report, {made}</p></header>"
         + "".join(sections)
@@ -42,7 +43,9 @@ def _section(title: str, body: str) -> str:
 def _table(columns: Sequence, rows: Sequence[Sequence], css: str = "") -> str:
     head = "".join(f"<th>{escape(str(column))}</th>" for column in columns)
     body = "".join("<tr>" + "".join(_cell(value) for value in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table class="{css}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return (
+        f'<div class="scroll"><table class="{css}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
 
 
 def _cell(value) -> str:
@@ -68,7 +71,9 @@ def _summary(runs: list[Run]) -> str:
     rows.append(["tokens", *(run.last("num_tokens") for run in runs)])
     for key in ("loss", "eval_loss", "mean_token_accuracy"):
         curves = [run.curves().get(key) for run in runs]
-        rows.append([f"{key}, first → last", *(f"{short(c[0][1])} → {short(c[-1][1])}" if c else None for c in curves)])
+        rows.append(
+            [f"{key}, first → last", *(f"{short(c[0][1])} → {short(c[-1][1])}" if c else None for c in curves)]
+        )
     best = [run.state.get("best_metric") for run in runs]
     rows.append(["best metric", *best])
     totals = dict.fromkeys(k for run in runs for entry in run.log for k in entry if k.startswith("train_"))
@@ -100,7 +105,7 @@ def _charts(runs: list[Run]) -> str:
                 shade = color if len(runs) > 1 else 1
                 lines.append(Line(f"{prefix}eval".strip(), found[f"eval_{name}"], shade, dashed=True))
         legend = _legend(lines) if len(lines) > 1 or lines[0].dashed else ""
-        cards.append(f'<figure><figcaption>{escape(_words(name))}{legend}</figcaption>{line_chart(lines)}</figure>')
+        cards.append(f"<figure><figcaption>{escape(_words(name))}{legend}</figcaption>{line_chart(lines)}</figure>")
     return f'<div class="charts">{"".join(cards)}</div>' if cards else "<p>Nothing was logged.</p>"
 
 
@@ -110,7 +115,8 @@ def _words(name: str) -> str:
 
 def _legend(lines: list[Line]) -> str:
     items = [
-        f'<span><i class="s{line.color}{" dashed" if line.dashed else ""}"></i>{escape(line.label)}</span>' for line in lines
+        f'<span><i class="s{line.color}{" dashed" if line.dashed else ""}"></i>{escape(line.label)}</span>'
+        for line in lines
     ]
     return f'<span class="legend">{"".join(items)}</span>'
 
@@ -130,10 +136,15 @@ def _samples(run: Run, several: bool) -> str:
         cells += [_completion(by_stage.get(stage)) for stage in stages]
         rows.append(f"<tr>{''.join(cells)}</tr>")
     header = "".join(f"<th>{escape(str(name))}</th>" for name in head)
-    more = f"<p>{len(prompts) - MOST_SAMPLES} more in {escape(str(run.folder))}.</p>" if len(prompts) > MOST_SAMPLES else ""
+    more = (
+        f"<p>{len(prompts) - MOST_SAMPLES} more in {escape(str(run.folder))}.</p>"
+        if len(prompts) > MOST_SAMPLES
+        else ""
+    )
     return (
         _run_heading(run, several)
-        + f'<div class="scroll"><table class="samples"><thead><tr>{header}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+        + f'<div class="scroll"><table class="samples"><thead><tr>{header}</tr></thead><tbody>{"".join(rows)}</tbody>'
+        + "</table></div>"
         + more
     )
 
@@ -151,7 +162,8 @@ def _settings(runs: list[Run]) -> str:
     if not rows:
         return ""
     table = _table(["", *(run.name for run in runs)], rows, "settings")
-    return f"<details{' open' if len(rows) <= 24 else ''}><summary>{len(rows)} settings differ from their defaults</summary>{table}</details>"
+    shown = " open" if len(rows) <= 24 else ""
+    return f"<details{shown}><summary>{len(rows)} settings differ from their defaults</summary>{table}</details>"
 
 
 def _text(value) -> str | None:

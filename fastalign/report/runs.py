@@ -48,15 +48,15 @@ def _is_number(value) -> bool:
 
 
 def read_run(folder: str | Path) -> Run:
-    """Read the run in `folder` (an output_dir or a checkpoint). ValueError where there is none, or it cannot be read."""
+    """Read the run in `folder` (an output_dir or a checkpoint). ValueError where there is none that can be read."""
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{str(folder)!r} is not a folder; give the output_dir of a run.")
     states = [_read_json(path) for path in _state_files(folder)]
     if not states:
         raise ValueError(
-            f"{str(folder)!r} holds no run: neither it nor a checkpoint-N in it has a {STATE}. Give the output_dir of a run that "
-            "has saved a checkpoint or ended."
+            f"{str(folder)!r} holds no run: neither it nor a checkpoint-N in it has a {STATE}. Give the output_dir of a "
+            "run that has saved a checkpoint or ended."
         )
     beside = [folder, folder.parent] if re.fullmatch(r"checkpoint-\d+", folder.name) else [folder]
     results = _first(beside, RESULTS)
@@ -85,7 +85,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); the run may have been cut off while writing it.") from error
+        raise ValueError(
+            f"{path} is not valid JSON ({error}); the run may have been cut off while writing it."
+        ) from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, found {type(value).__name__}.")
     return value

@@ -17,7 +17,8 @@ STYLE = (
     f"--good:#4fcf9f;--bad:#ff7f8b;{_DARK_VARIABLES}}}}}"
     + """
 *{box-sizing:border-box}
-body{margin:0;background:var(--bg);color:var(--text);font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+body{margin:0;background:var(--bg);color:var(--text);
+font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 main{max-width:1120px;margin:0 auto;padding:32px 20px 60px}
 header p{margin:2px 0 0;color:var(--muted)}
 h1{font-size:26px;line-height:1.2;margin:0;letter-spacing:-.01em;overflow-wrap:anywhere}
@@ -30,8 +31,8 @@ thead th{border-top:0;color:var(--muted);font-weight:500;font-size:13px}
 td.number{text-align:left}
 td:first-child{color:var(--muted)}
 table.results td:not(:first-child){font-weight:600;font-size:16px}
-table.samples td{font-family:ui-monospace,SFMono-Regular,Menlo,monospace;font-size:13px;white-space:pre-wrap;vertical-align:top;max-width:420px;overflow-wrap:anywhere}
-table.settings td{font-family:ui-monospace,SFMono-Regular,Menlo,monospace;font-size:13px;white-space:pre-wrap;overflow-wrap:anywhere}
+table.samples td,table.settings td{font-family:ui-monospace,SFMono-Regular,Menlo,monospace;font-size:13px;
+white-space:pre-wrap;overflow-wrap:anywhere;vertical-align:top;max-width:420px}
 table.samples td:first-child{color:var(--text)}
 .right{color:var(--good)}.wrong{color:var(--bad)}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(340px,100%),1fr));gap:14px}
@@ -47,7 +48,9 @@ svg .cross{stroke:var(--muted);stroke-width:1;stroke-dasharray:3 3}
 svg path{fill:none;stroke-width:1.8;stroke-linejoin:round}
 svg path.dashed{stroke-dasharray:5 3}
 summary{cursor:pointer;margin-bottom:8px;color:var(--muted)}
-#tip{position:absolute;visibility:hidden;pointer-events:none;background:var(--card);border:1px solid var(--line);border-radius:7px;padding:6px 10px;font-size:12.5px;box-shadow:0 4px 14px rgba(0,0,0,.14);white-space:nowrap}
+#tip{position:absolute;visibility:hidden;pointer-events:none;white-space:nowrap;
+background:var(--card);border:1px solid var(--line);border-radius:7px;padding:6px 10px;font-size:12.5px;
+box-shadow:0 4px 14px rgba(0,0,0,.14)}
 #tip i{display:inline-block;width:10px;border-top:3px solid;margin-right:6px;vertical-align:middle}
 """
     + _LINE_COLORS
@@ -69,7 +72,8 @@ for(const svg of document.querySelectorAll("svg[data-lines]")){
       row.append(mark,line.label+"  "+Number(near[k][2].toPrecision(6)));
       tip.append(row);
     });
-    const left=event.pageX+14+tip.offsetWidth>document.documentElement.clientWidth?event.pageX-14-tip.offsetWidth:event.pageX+14;
+    const fits=event.pageX+14+tip.offsetWidth<=document.documentElement.clientWidth;
+    const left=fits?event.pageX+14:event.pageX-14-tip.offsetWidth;
     tip.style.left=left+"px";tip.style.top=event.pageY+14+"px";tip.style.visibility="visible";
   });
   svg.addEventListener("pointerleave",()=>{tip.style.visibility="hidden";cross.setAttribute("visibility","hidden");});

@@ -1,0 +1,183 @@
+"""`fastalign demo`: make a model and a task, fine-tune, compare before and after, write the report."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+NUM_DIGITS, NOISE = 6, 0.3
+STEPS, BATCH = 200, 256
+NUM_HELD_OUT, NUM_SHOWN = 512, 24
+
+
+@dataclass
+class Stage:
+    """What is known about the model at one point of the demo."""
+
+    name: str
+    greedy: float  # share of held-out tasks answered right
+    sampled: float  # the same for samples at temperature 1
+    loss: float  # on the right answers of the held-out tasks, nats per token
+    tokens_per_second: float | None
+    peak_bytes: int
+    seconds: float
+    completions: list[str]
+
+
+def sft_settings(output_dir: str, *, steps: int, seed: int):
+    """The SFTConfig of the demo."""
+    from fastalign import SFTConfig
+
+    return SFTConfig(
+        output_dir=output_dir,
+        max_steps=steps,
+        per_device_train_batch_size=BATCH,
+        per_device_eval_batch_size=BATCH,
+        learning_rate=2e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(steps // 6, 1),
+        adam_beta2=0.95,
+        max_length=64,
+        gradient_checkpointing=False,
+        logging_steps=max(steps // 50, 1),
+        eval_strategy="steps",
+        eval_steps=max(steps // 10, 1),
+        save_strategy="no",
+        report_to="none",
+        seed=seed,
+    )
+
+
+def sft_trainer(model, tokenizer, tasks, output_dir: str, *, steps: int, seed: int):
+    """The trainer that fine-tunes `model` on noisy answers and evaluates it on the right answers of `tasks`."""
+    from datasets import Dataset
+
+    from fastalign import SFTTrainer
+
+    from .task import noisy_rows, sort_tasks
+
+    held_out = frozenset(task.prompt for task in tasks)
+    train = Dataset.from_dict(noisy_rows(sort_tasks(steps * BATCH, NUM_DIGITS, seed + 1, held_out), NOISE, seed + 2))
+    test = Dataset.from_dict(noisy_rows(tasks, 0.0, seed))
+    settings = sft_settings(output_dir, steps=steps, seed=seed)
+    return SFTTrainer(model, settings, train_dataset=train, eval_dataset=test, processing_class=tokenizer)
+
+
+def measure(name: str, trainer, tokenizer, tasks, seed: int, *, tokens_per_second=None, seconds=0.0) -> Stage:
+    """Score the trainer's model as it is."""
+    from .evaluate import peak_memory, score
+
+    result = score(trainer.accelerator.unwrap_model(trainer.model), tokenizer, tasks, seed=seed)
+    loss = trainer.evaluate()["eval_loss"]
+    return Stage(
+        name, result.greedy, result.sampled, loss, tokens_per_second, peak_memory(), seconds, result.completions
+    )
+
+
+def run_demo(output_dir: str, *, seed: int = 0, steps: int = STEPS) -> list[Stage]:
+    """Run all stages, leave model, samples, results and settings in `output_dir`/sft; returns the stages, in order."""
+    from fastalign.report.settings import write_settings
+
+    from .model import make_model, make_tokenizer
+    from .task import sort_tasks
+
+    folder = str(Path(output_dir, "sft"))
+    tokenizer = make_tokenizer()
+    model = make_model(tokenizer, seed=seed)
+    tasks = sort_tasks(NUM_HELD_OUT, NUM_DIGITS, seed)
+    print(
+        f"Task: sort {NUM_DIGITS} digits. Model: Qwen2 from random weights, {model.num_parameters():,} parameters, "
+        f"{len(tokenizer)} characters. {steps} steps of {BATCH} examples, of which {NOISE:.0%} are wrong on purpose.\n"
+    )
+    trainer = sft_trainer(model, tokenizer, tasks, folder, steps=steps, seed=seed)
+    stages = [measure("before", trainer, tokenizer, tasks, seed)]
+    start = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - start
+    tokens = next(entry["num_tokens"] for entry in reversed(trainer.state.log_history) if "num_tokens" in entry)
+    stages.append(
+        measure("after SFT", trainer, tokenizer, tasks, seed, tokens_per_second=tokens / seconds, seconds=seconds)
+    )
+    trainer.save_model(folder)
+    trainer.save_state()
+    write_settings(folder, trainer.args)
+    write_stages(folder, stages, tasks)
+    return stages
+
+
+def write_stages(folder: str, stages: list[Stage], tasks) -> None:
+    """Write `results.json` and `samples.jsonl`, which the report shows."""
+    from .task import is_right
+
+    Path(folder, "results.json").write_text(json.dumps(result_table(stages), indent=1), encoding="utf-8")
+    with Path(folder, "samples.jsonl").open("w", encoding="utf-8") as file:
+        for stage in stages:
+            for task, completion in list(zip(tasks, stage.completions, strict=True))[:NUM_SHOWN]:
+                line = {"stage": stage.name, "prompt": task.prompt, "completion": completion, "expected": task.answer}
+                file.write(json.dumps(line | {"correct": is_right(task, completion)}) + "\n")
+
+
+def result_table(stages: list[Stage]) -> dict[str, list]:
+    """Columns and rows of the comparison: one row per measure, one column per stage."""
+    measures = {
+        "accuracy, greedy": lambda s: f"{s.greedy:.1%}",
+        "accuracy, sampled": lambda s: f"{s.sampled:.1%}",
+        "held-out loss (nats/token)": lambda s: f"{s.loss:.3f}",
+        "training tokens/s": lambda s: f"{s.tokens_per_second:,.0f}" if s.tokens_per_second else "",
+        "training time (s)": lambda s: f"{s.seconds:.1f}" if s.seconds else "",
+        "peak memory (MiB)": lambda s: f"{s.peak_bytes / 2**20:,.0f}",
+    }
+    return {
+        "columns": [f"{NUM_HELD_OUT} held-out tasks", *(stage.name for stage in stages)],
+        "rows": [[name, *(value(stage) for stage in stages)] for name, value in measures.items()],
+    }
+
+
+def format_table(columns: list[str], rows: list[list[str]]) -> str:
+    """The table as aligned text."""
+    lines = [columns, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    text = [
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    ]
+    text.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(text)
+
+
+def main(arguments: list[str]) -> int:
+    """Run the demo and say where model and report are."""
+    parser = argparse.ArgumentParser(
+        prog="fastalign demo",
+        description="Make a small model and a task with checkable answers, fine-tune it here (about a minute on two CPU "
+        "cores), compare before and after, and write a report.",
+    )
+    parser.add_argument(
+        "--output_dir", default="demo_output", help="folder for model and report [default: demo_output]"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of model, data and order [default: 0]")
+    parser.add_argument(
+        "--steps", type=int, default=STEPS, help=f"optimizer steps; fewer learn less [default: {STEPS}]"
+    )
+    options = parser.parse_args(arguments)
+    if options.steps < 1:
+        parser.error(f"--steps is {options.steps}; it must be at least 1")
+    print("Loading torch and transformers ...", flush=True)
+    from fastalign import write_report
+
+    stages = run_demo(options.output_dir, seed=options.seed, steps=options.steps)
+    table = result_table(stages)
+    report = write_report(
+        Path(options.output_dir, "sft"),
+        Path(options.output_dir, "report.html"),
+        title="fastalign demo: sorting digits",
+    )
+    print(f"\n{format_table(table['columns'], table['rows'])}\n")
+    print(f"Model:  {Path(options.output_dir, 'sft')} (load it with AutoModelForCausalLM.from_pretrained)")
+    print(f"Report: {report}")
+    return 0
