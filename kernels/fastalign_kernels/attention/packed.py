@@ -2,7 +2,7 @@
 
 For query i and key j of one segment, s_ij = scale q_i.k_j, soft-capped where asked for as c tanh(s_ij / c), and
     out_i = sum_j exp(s_ij) v_j / (sum_j exp(s_ij) + exp(sink))
-over the j that i sees: j <= i if causal, i - j < window if there is a window; the sink is one number per head (GPT-OSS).
+over the j that i sees: j <= i if causal, i - j < window if there is a window; a sink is one number per head (GPT-OSS).
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _attend(q, k, v, mask, *, causal, scale, softcap, sinks, dropout) -> Tensor:
 
 
 def segment_attention(q, k, v, segments: Segments, *, scale, causal, window, softcap, sinks, dropout) -> Tensor:
-    """Segment by segment through SDPA, on any device: the cost is the sum of squared lengths, or less with a window."""
+    """Segment by segment through SDPA on any device; the cost is the sum of squared lengths, less with a window."""
     explicit = softcap is not None or sinks is not None
     pieces = segments.pieces(causal=causal, window=window, explicit=explicit)
     how = {"causal": causal, "scale": scale, "softcap": softcap, "sinks": sinks, "dropout": dropout}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ TILE_ROWS = 512  # queries of one tile where a mask or explicit scores are neede
 
 
 class Tile(NamedTuple):
-    """Queries [q_start, q_stop) of a piece against keys [k_start, q_stop); `mask` None: causal or full as asked for."""
+    """Queries [q_start, q_stop) of a piece against keys [k_start, q_stop); `mask` None: causal or full, as asked."""
 
     q_start: int
     q_stop: int
@@ -44,7 +45,7 @@ class Segments:
         Raises ValueError if the bounds do not start at 0 or decrease.
         """
         bounds = self.cu_seqlens.tolist()
-        lengths = tuple(b - a for a, b in zip(bounds, bounds[1:], strict=False))
+        lengths = tuple(b - a for a, b in itertools.pairwise(bounds))
         if not bounds or bounds[0] != 0 or any(n < 0 for n in lengths):
             raise ValueError(f"cu_seqlens must start at 0 and never decrease, found {bounds[:8]}; check the collator.")
         return lengths

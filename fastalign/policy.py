@@ -1,0 +1,350 @@
+"""A causal model of Transformers seen as: batch -> hidden states at the scored positions -> loss or statistics.
+
+The wrapped model's own forward runs (DDP, FSDP2, PEFT, torch.compile, accelerate), so that hooks run and the loss
+leaves through its output; the output embedding answers with the result where it would answer with logits.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastalign_kernels.attention import Segments
+from fastalign_kernels.head.token_stats import OUTPUTS, LogitForm, TokenStats
+
+from . import flat_attention
+from .data.batch import TokenBatch
+from .logit_form import head_output_kept, read_logit_form
+from .scoring_head import ScoringRequest, attach_heads, scoring, unpack_stats, with_temperature
+
+logger = logging.getLogger(__name__)
+
+PACKABLE_LAYERS = {"full_attention", "sliding_attention", "attention"}
+CHECK_LENGTHS = (7, 5)  # tokens of the two segments of the check
+CHECK_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.2}  # nats
+
+
+@dataclass(frozen=True)
+class PolicyInfo:
+    """How a model is fed and how its logits are formed."""
+
+    flat: bool  # flat batches; else padded rows
+    reason: str  # why
+    form: LogitForm
+    attention: str | None  # name of the attention implementation set, None if untouched
+
+
+@dataclass
+class PolicyOutput:
+    """What one forward of a policy says about the scored tokens."""
+
+    loss: Tensor | None  # 0-dim; None where only statistics were asked for
+    stats: TokenStats
+    aux_loss: Tensor | None = None  # load balancing of a mixture of experts, not yet times its coefficient
+
+
+def unwrap(model: nn.Module) -> Any:
+    """The model of Transformers inside DDP, torch.compile, DeepSpeed and PEFT wrappers."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod  # pyright: ignore[reportAssignmentType]
+        elif hasattr(model, "get_base_model"):
+            model = model.get_base_model()  # pyright: ignore[reportCallIssue]
+        elif isinstance(getattr(model, "module", None), nn.Module) and not hasattr(model, "get_output_embeddings"):
+            model = model.module  # pyright: ignore[reportAssignmentType]
+        else:
+            return model
+
+
+def prepare_policy(model: nn.Module, *, allow_flat: bool = True, check: bool = True) -> PolicyInfo:
+    """Teach `model` to score: swap its head's class, read what follows the head, choose flat or padded batches.
+
+    Idempotent; call it before the model is wrapped for training, and again after adapters change. `check` runs a few
+    random tokens through the model: the head's result must equal the model's own logits (else ValueError: something
+    unknown follows the head), and two packed segments must equal each alone (else the model gets padded batches).
+    Sharded and meta weights are not checked.
+    """
+    base = unwrap(model)
+    attach_heads(base)
+    info = base.__dict__.get("_fastalign_policy")
+    if info is not None and (info.flat or not allow_flat):
+        if info.flat and not allow_flat:
+            info = _set_padded(base, info.form, "flat batches were not asked for")
+        return info
+    form = read_logit_form(base)
+    obstacle = "flat batches were not asked for" if not allow_flat else _obstacle(model, base)
+    check = check and _is_whole(base)
+    if check:
+        _remember(base, PolicyInfo(False, "", form, None))
+        with _quiet(model):
+            _check_head(model, base)
+    if obstacle is not None:
+        return _set_padded(base, form, obstacle)
+    name = flat_attention.select_flat_attention(base)
+    info = _remember(base, PolicyInfo(True, "attention over segments", form, name))
+    if check:
+        with _quiet(model):
+            obstacle = _check_flat(model, base)
+        if obstacle is not None:
+            return _set_padded(base, form, obstacle)
+    _warn_of_softcap(base, name)
+    return info
+
+
+def policy_info(model: nn.Module) -> PolicyInfo:
+    """What `prepare_policy` found for `model`; prepares it where that has not happened yet."""
+    return unwrap(model).__dict__.get("_fastalign_policy") or prepare_policy(model)
+
+
+def token_loss(
+    model: nn.Module,
+    batch: TokenBatch,
+    loss_fn: Callable[[TokenStats, slice], Tensor],
+    *,
+    outputs: tuple[str, ...] = ("logp",),
+    temperature: float | Tensor = 1.0,
+    **model_kwargs,
+) -> PolicyOutput:
+    """The loss of `loss_fn(stats, span)` summed over chunks of scored tokens, in one forward of `model`.
+
+    `temperature` is a number or (N,). The statistics returned are detached.
+    """
+    options = {"loss_fn": loss_fn, "outputs": outputs, "temperature": temperature}
+    result, request, output = _score(model, batch, "fused", options, model_kwargs)
+    assert request.stats is not None
+    return PolicyOutput(result.reshape(()), request.stats, _aux_loss(output))
+
+
+def token_stats(
+    model: nn.Module,
+    batch: TokenBatch,
+    *,
+    outputs: tuple[str, ...] = ("logp",),
+    grad: bool = False,
+    temperature: float | Tensor = 1.0,
+    **model_kwargs,
+) -> PolicyOutput:
+    """Per-token statistics of `batch` under `model`, differentiable where `grad`; `loss` is None."""
+    options = {"outputs": outputs, "temperature": temperature}
+    with nullcontext() if grad else torch.no_grad():
+        result, request, output = _score(model, batch, "deferred" if grad else "stats", options, model_kwargs)
+    return PolicyOutput(None, unpack_stats(result, request.outputs), _aux_loss(output))
+
+
+def logits_forward(model: nn.Module, batch: TokenBatch, **model_kwargs) -> Any:
+    """The model's ordinary output for `batch`, logits (1, T, V) or (B, L, V) included."""
+    policy_info(model)
+    base = unwrap(model)
+    with flat_attention.flat_batch(_segments(base, batch)):
+        return model(**_model_inputs(model, base, batch), **model_kwargs)
+
+
+def _score(
+    model: nn.Module, batch: TokenBatch, mode: str, options: dict[str, Any], model_kwargs: dict[str, Any]
+) -> tuple[Tensor, ScoringRequest, Any]:
+    info, base = policy_info(model), unwrap(model)
+    outputs = tuple(options["outputs"])
+    if unknown := set(outputs) - set(OUTPUTS):
+        raise ValueError(f"outputs has {sorted(unknown)}; allowed are {OUTPUTS}.")
+    outputs = outputs if "logp" in outputs else ("logp", *outputs)
+    request = ScoringRequest(
+        source=batch.source,
+        targets=batch.targets,
+        length=batch.input_ids.shape[-1],
+        mode=mode,
+        outputs=outputs,
+        form=with_temperature(info.form, options["temperature"]),
+        loss_fn=options.get("loss_fn"),
+        heads=attach_heads(base),
+    )
+    with scoring(request), head_output_kept(base), flat_attention.flat_batch(_segments(base, batch)):
+        output = model(**_model_inputs(model, base, batch), **model_kwargs)
+    if request.num_calls != 1:
+        raise ValueError(
+            f"{type(base).__name__} called its output embedding {request.num_calls} times in one forward; once is "
+            "supported."
+        )
+    result = output["logits"] if isinstance(output, dict) else output[0]
+    return result, request, output
+
+
+def _aux_loss(output: Any) -> Tensor | None:
+    return output.get("aux_loss") if isinstance(output, dict) else None
+
+
+def _segments(base: Any, batch: TokenBatch) -> Segments | None:
+    """The bounds to attend within; None where the model reads its input in the ordinary way."""
+    if batch.is_padded or batch.num_segments == 1:
+        return None
+    info: PolicyInfo = base.__dict__["_fastalign_policy"]
+    if not info.flat:
+        raise ValueError(
+            f"{type(base).__name__} cannot take flat batches ({info.reason}), found one of {batch.num_segments} "
+            "segments; collate padded rows: TokenCollator(flat=False)."
+        )
+    return Segments(batch.cu_seqlens, batch.max_seqlen)
+
+
+def _model_inputs(model: nn.Module, base: Any, batch: TokenBatch) -> dict[str, Any]:
+    accepted = inspect.signature(base.forward).parameters
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids if batch.is_padded else batch.input_ids[None]}
+    if batch.is_padded:
+        inputs["attention_mask"] = batch.attention_mask
+    # a model with images makes positions of its own, a soft prompt shifts them
+    if "position_ids" in accepted and not (_has_images(base) or _has_soft_prompt(model)):
+        inputs["position_ids"] = batch.position_ids if batch.is_padded else batch.position_ids[None]
+    if "use_cache" in accepted:
+        inputs["use_cache"] = False
+    return inputs | batch.model_inputs
+
+
+def _has_images(base: Any) -> bool:
+    return base.config.get_text_config() is not base.config
+
+
+def _has_soft_prompt(model: nn.Module) -> bool:
+    """PEFT's prompt, prefix or p-tuning is active on `model`, which may be wrapped."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod  # pyright: ignore[reportAssignmentType]
+        elif hasattr(model, "active_peft_config"):
+            return bool(model.active_peft_config.is_prompt_learning)  # pyright: ignore
+        elif isinstance(getattr(model, "module", None), nn.Module):
+            model = model.module  # pyright: ignore[reportAssignmentType]
+        else:
+            return False
+
+
+def _obstacle(model: nn.Module, base: Any) -> str | None:
+    """Why `base` cannot take flat batches, as far as its class and config tell."""
+    config = base.config
+    if getattr(base, "_is_stateful", False):
+        return "it carries a recurrent state from token to token"
+    if not getattr(base, "_supports_attention_backend", False):
+        return "it does not take attention functions from outside"
+    kinds = set(getattr(config, "layer_types", None) or ()) - PACKABLE_LAYERS
+    if kinds:
+        return f"it has layers of the kind {', '.join(sorted(kinds))}"
+    if getattr(config, "attention_chunk_size", None):
+        return "it attends within chunks of fixed size"
+    if _has_images(base):
+        return "it mixes text with images"
+    if _has_soft_prompt(model):
+        return "soft prompts stand before each row"
+    if "position_ids" not in inspect.signature(base.forward).parameters:
+        return "it takes no position ids"
+    return None
+
+
+def _remember(base: Any, info: PolicyInfo) -> PolicyInfo:
+    base.__dict__["_fastalign_policy"] = info  # past nn.Module.__setattr__: plain data, copied with the model
+    return info
+
+
+def _set_padded(base: Any, form: LogitForm, reason: str) -> PolicyInfo:
+    flat_attention.restore_attention(base)
+    logger.warning("%s gets padded batches instead of flat ones: %s.", type(base).__name__, reason)
+    return _remember(base, PolicyInfo(False, reason, form, None))
+
+
+def _warn_of_softcap(base: Any, name: str) -> None:
+    if flat_attention.NAME in name.split(", ") and getattr(base.config, "attn_logit_softcapping", None):
+        logger.warning(
+            "%s has attn_logit_softcapping=%s, which attn_implementation='sdpa' of Transformers leaves out, and so do "
+            "we, to agree with it. Load the model with attn_implementation='eager' to apply it.",
+            type(base).__name__,
+            base.config.attn_logit_softcapping,
+        )
+
+
+def _is_whole(base: nn.Module) -> bool:
+    """Every weight is here: none on the meta device, sharded by FSDP2 or held back by ZeRO-3."""
+    return not any(p.is_meta or hasattr(p, "device_mesh") or hasattr(p, "ds_id") for p in base.parameters())
+
+
+@contextmanager
+def _quiet(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; training flags and random state are restored."""
+    flags = [(module, module.training) for module in model.modules()]
+    devices = [p.device for p in model.parameters() if p.is_cuda][:1]
+    with torch.no_grad(), torch.random.fork_rng(devices):
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, training in flags:
+                module.training = training
+
+
+def _check_segments(base: Any) -> list[Tensor]:
+    rows = base.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(0, rows, (sum(CHECK_LENGTHS),), generator=torch.Generator().manual_seed(1))
+    return list(ids.to(base.device).split(CHECK_LENGTHS))
+
+
+def _check_batch(segments: list[Tensor]) -> TokenBatch:
+    """A flat batch of `segments` with every token but the first of each scored."""
+    lengths = [len(s) for s in segments]
+    starts = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+    ids, device = torch.cat(segments), segments[0].device
+    pairs = list(zip(starts, lengths, strict=False))
+    source = torch.cat([torch.arange(a, a + n - 1) for a, n in pairs]).to(device)
+    return TokenBatch(
+        input_ids=ids,
+        position_ids=torch.cat([torch.arange(n) for n in lengths]).to(device),
+        cu_seqlens=torch.tensor(starts, dtype=torch.int32, device=device),
+        source=source,
+        targets=ids[source + 1],
+        row=torch.cat([torch.full((n - 1,), i) for i, n in enumerate(lengths)]).to(device),
+        weight=torch.ones(len(source), device=device),
+        max_seqlen=max(lengths),
+        num_tokens=len(ids),
+    )
+
+
+def _own_logp(model: nn.Module, segment: Tensor) -> tuple[Tensor, float]:
+    """Log-probabilities of `segment` after its first token from ordinary logits, and the largest logit."""
+    logits = model(input_ids=segment[None]).logits[0, -len(segment) :].float()
+    logp = logits[:-1].log_softmax(-1).gather(1, segment[1:, None])[:, 0]
+    return logp, logits.abs().max().item()
+
+
+def _tolerance(base: Any, size: float) -> float:
+    dtype = base.get_input_embeddings().weight.dtype
+    return CHECK_TOLERANCE.get(dtype, 0.2) * max(1.0, size / 10)
+
+
+def _check_head(model: nn.Module, base: Any) -> None:
+    segment = _check_segments(base)[0]
+    expected, size = _own_logp(model, segment)
+    found = token_stats(model, _check_batch([segment])).stats.logp
+    error, tolerance = (found - expected).abs().max().item(), _tolerance(base, size)
+    if not error <= tolerance:
+        form: LogitForm = base.__dict__.pop("_fastalign_policy").form
+        raise ValueError(
+            f"{type(base).__name__} does something to its logits after the head that is not known here: "
+            f"log-probabilities differ by {error:.3g} (allowed {tolerance:.3g}) with scale={form.scale}, "
+            f"softcap={form.softcap} read from its config. Add the field to fastalign/logit_form.py."
+        )
+
+
+def _check_flat(model: nn.Module, base: Any) -> str | None:
+    """Two segments packed against each alone; a description of the failure, or None."""
+    segments = _check_segments(base)
+    expected = [_own_logp(model, segment) for segment in segments]
+    try:
+        found = token_stats(model, _check_batch(segments)).stats.logp
+    except Exception as error:  # whatever a model does with a mask it does not know
+        return f"{type(error).__name__}: {error}"
+    errors = (found - torch.cat([logp for logp, _ in expected])).abs()
+    tolerance = _tolerance(base, max(size for _, size in expected))
+    # in half precision an expert may flip for single tokens: a leak between segments moves most of them
+    error = errors.max().item() if tolerance < 0.01 else errors[CHECK_LENGTHS[0] - 1 :].median().item()
+    return None if error <= tolerance else f"two packed sequences differ from each alone by {error:.3g} nats"

@@ -1,0 +1,199 @@
+"""The output embedding of a model, taught to answer with per-token statistics while somebody asks for them."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastalign_kernels import head as head_ops
+from fastalign_kernels.head.token_stats import LogitForm, TokenStats
+
+from .flat_attention import flat_batch
+
+
+@dataclass
+class ScoringRequest:
+    """What one forward of a model shall compute in place of logits."""
+
+    source: Tensor  # (N,) int64, positions in the flattened input
+    targets: Tensor  # (N,) int64
+    length: int  # tokens of one row of the input: T, or L where padded
+    mode: str  # "fused" (loss_fn), "deferred" (statistics with gradient), "stats" (without)
+    outputs: tuple[str, ...]
+    form: LogitForm
+    loss_fn: Any = None
+    heads: frozenset[int] = frozenset()  # ids of the modules that may answer
+    stats: TokenStats | None = None  # set by "fused", detached
+    num_calls: int = field(default=0, init=False)
+
+
+_request: ContextVar[ScoringRequest | None] = ContextVar("fastalign_request", default=None)
+
+
+@contextmanager
+def scoring(request: ScoringRequest | None) -> Iterator[None]:
+    """Inside, the heads of `request` answer it; always cleared on the way out, nested requests come back."""
+    token = _request.set(request)
+    try:
+        yield
+    finally:
+        _request.reset(token)
+
+
+class ScoringHead:
+    """Mixed into the class of a head: answers a `ScoringRequest` as (1, 1, M) fp32, else behaves as before."""
+
+    def forward(self, hidden: Tensor, *args, **kwargs) -> Tensor:
+        request = _request.get()
+        if request is None or id(self) not in request.heads:
+            return super().forward(hidden, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        return _answer(self, request, hidden)
+
+    def __reduce_ex__(self, protocol):
+        order = type(self).__mro__
+        return _new_scoring_module, (order[order.index(ScoringHead) + 1],), self.__getstate__()
+
+
+@functools.cache
+def _scoring_class(cls: type) -> type:
+    return type(f"Scoring{cls.__name__}", (ScoringHead, cls), {"__module__": cls.__module__})
+
+
+def _new_scoring_module(cls: type) -> nn.Module:
+    scoring_class = _scoring_class(cls)
+    return scoring_class.__new__(scoring_class)
+
+
+def attach_heads(model: nn.Module) -> frozenset[int]:
+    """Swap the class of the output embedding of `model`; the ids of the modules that answer. Idempotent and cheap.
+
+    Raises ValueError where the model has no output embedding, or an adapter on it that is not additive.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # pyright: ignore
+    if head is None:
+        raise ValueError(
+            f"{type(model).__name__} has no output embedding; load a model for causal language modelling."
+        )
+    modules = [head]
+    if hasattr(head, "modules_to_save") and hasattr(head, "original_module"):  # a full copy trained beside an adapter
+        modules = [head.original_module, *head.modules_to_save.values()]
+    if hasattr(head, "token_adapter"):  # PEFT's trainable tokens: the wrapper calls the adapter's own forward
+        modules = [head.token_adapter, head.token_adapter.get_base_layer()]
+    for module in modules:
+        if isinstance(module, ScoringHead):
+            continue
+        if not (isinstance(module, nn.Linear) or _is_peft(module, "lora") or _is_peft(module, "trainable_tokens")):
+            raise ValueError(
+                f"the output embedding is a {type(module).__name__}, which cannot be scored; allowed: nn.Linear, "
+                "LoRA, trainable tokens or modules_to_save on it. Leave it out of target_modules or use one of these."
+            )
+        module.__class__ = _scoring_class(type(module))
+    return frozenset(id(module) for module in modules)
+
+
+def _is_peft(module: nn.Module, tuner: str) -> bool:
+    if "peft" not in sys.modules:
+        return False
+    return any(cls.__module__.startswith(f"peft.tuners.{tuner}.") for cls in type(module).__mro__)
+
+
+@torch.compiler.disable
+def _answer(module: nn.Module, request: ScoringRequest, hidden: Tensor) -> Tensor:
+    request.num_calls += 1
+    with scoring(None), flat_batch(None):  # what loss_fn calls is none of this request
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        source = request.source
+        added = hidden.shape[-2] - request.length
+        if added:  # soft prompts stand before each row
+            source = source + (source // request.length + 1) * added
+        rows, weight, bias = _operands(module, rows.index_select(0, source))
+        kind = rows.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        rows, weight = rows.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+        options = {"bias": bias, "form": request.form, "outputs": request.outputs}
+        with torch.autocast(kind, enabled=False):
+            if request.mode == "fused":
+                loss, request.stats = head_ops.fused(rows, weight, request.targets, request.loss_fn, **options)
+                return loss.reshape(1, 1, 1)
+            score = head_ops.deferred if request.mode == "deferred" else head_ops.stats
+            stats = score(rows, weight, request.targets, **options)
+    columns = [getattr(stats, name) for name in request.outputs]
+    return torch.cat([column.to(stats.logp.dtype) for column in columns]).reshape(1, 1, -1)
+
+
+def unpack_stats(result: Tensor, outputs: tuple[str, ...]) -> TokenStats:
+    """The statistics back from what a head answered."""
+    columns = dict(zip(outputs, result.reshape(len(outputs), -1).unbind(), strict=True))
+    if "top1" in columns:
+        columns["top1"] = columns["top1"] > 0.5
+    return TokenStats(**columns)
+
+
+def with_temperature(form: LogitForm, temperature: float | Tensor) -> LogitForm:
+    """`form` with a temperature, a number or (N,)."""
+    return replace(form, temperature=temperature)
+
+
+def _operands(module: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(N, D'), (V, D') and (V,) whose product and sum are the logits of `module` at `rows` (N, D)."""
+    if _is_peft(module, "lora"):
+        return _lora_operands(module, rows)
+    if _is_peft(module, "trainable_tokens"):
+        active = [] if module.disable_adapters or module.merged else module.active_adapters
+        weight = module.get_merged_weights(active) if active else _plain_weight(module.get_base_layer())
+        return rows, weight, None if active else getattr(module.get_base_layer(), "bias", None)
+    return rows, _plain_weight(module), getattr(module, "bias", None)
+
+
+def _plain_weight(module: nn.Module) -> Tensor:
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        raise ValueError(f"the head {type(module).__name__} has no weight; keep lm_head out of quantisation.")
+    if hasattr(weight, "device_mesh"):
+        raise ValueError(
+            "the head's weight is a DTensor in its forward (tensor parallel); shard it with FSDP2 instead."
+        )
+    is_torchao = type(weight).__module__.startswith("torchao.")
+    if weight.is_floating_point() and not hasattr(weight, "quant_state") and not is_torchao:
+        return weight
+    try:
+        from peft.utils.integrations import dequantize_module_weight
+    except ImportError as error:
+        raise ValueError(f"a quantised head ({type(module).__name__}) needs peft: pip install peft.") from error
+    return dequantize_module_weight(module)
+
+
+def _lora_operands(module: Any, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """LoRA as wider operands: h W^T + s drop(h) A^T B^T = [h, drop(h) A^T] [W, s B]^T, exact with dropout too."""
+    layer = module.get_base_layer()
+    if module.disable_adapters and module.merged:
+        module.unmerge()
+    weight, bias = _plain_weight(layer), getattr(layer, "bias", None)
+    if module.disable_adapters or module.merged:
+        return rows, weight, bias
+    parts, columns = [rows], [weight]
+    for name in module.active_adapters:
+        if name not in module.lora_A:
+            continue
+        if name in getattr(module, "lora_variant", {}):
+            raise ValueError(
+                f"adapter '{name}' puts a variant of LoRA (DoRA or another) on the output embedding; plain LoRA, "
+                "rsLoRA or modules_to_save=['lm_head'] are supported there. Leave lm_head out of target_modules."
+            )
+        lora_a, lora_b = module.lora_A[name], module.lora_B[name]
+        part = lora_a(module.lora_dropout[name](rows.to(lora_a.weight.dtype)))
+        parts.append(part.to(rows.dtype))
+        columns.append((lora_b.weight * module.scaling[name]).to(weight.dtype))
+        if lora_b.bias is not None:
+            extra = lora_b.bias * module.scaling[name]
+            bias = extra if bias is None else bias + extra
+    return torch.cat(parts, dim=1), torch.cat(columns, dim=1), bias
