@@ -1,0 +1,5 @@
+"""The lean training loop."""
+
+from .trainer import Trainer
+
+__all__ = ["Trainer"]

@@ -1,0 +1,52 @@
+"""The config that every trainer's config extends: `TrainingArguments` with the defaults of post-training."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import MISSING, dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available
+
+logger = logging.getLogger(__name__)
+
+
+def arg(default: Any = MISSING, help: str = "", *, factory: Any = MISSING, choices: list | None = None) -> Any:
+    """A dataclass field with its one-sentence documentation; `--help` and the docs read it."""
+    metadata = {"help": help.replace("%%", "%").replace("%", "%%")}
+    if choices is not None:
+        metadata["choices"] = choices
+    return field(default=default, default_factory=factory, metadata=metadata)
+
+
+@dataclass
+class AlignConfig(TrainingArguments):
+    """`transformers.TrainingArguments` with the defaults that TRL's configs share, and the token budget.
+
+    Each inherited field is honoured or refused by name (`fastalign.loop.arguments`); none is ignored silently.
+    """
+
+    logging_steps: float = arg(10, "Optimizer steps between two logs; below 1 a share of all steps.")
+    gradient_checkpointing: bool = arg(True, "Recompute activations in the backward pass: less memory, slower.")
+    bf16: bool | None = arg(
+        None, "Mixed precision with bfloat16; unset: on unless fp16 is set or the machine has no bf16 GPU."
+    )
+    lr_scheduler_kwargs: dict | str | None = arg(
+        None, "Arguments of the learning-rate schedule, a dict or JSON, such as {'num_cycles': 1}."
+    )
+    token_budget: int | None = arg(
+        None,
+        "Tokens in a micro-batch: the examples of an optimizer step are regrouped, longest first, so that none "
+        "exceeds it. The loss is unchanged. Unset: per_device_train_batch_size examples.",
+    )
+
+    def __post_init__(self):
+        if self.token_budget is not None and self.token_budget <= 0:
+            raise ValueError(f"token_budget must be a positive number of tokens or None, found {self.token_budget}.")
+        if self.bf16 is None:
+            # TRL turns bf16 on everywhere and lets machines without a bf16 GPU fail; there we train in fp32.
+            self.bf16 = not self.fp16 and (self.use_cpu or is_torch_bf16_gpu_available())
+            if not (self.bf16 or self.fp16):
+                logger.info("bf16 is off: no GPU with bf16. Set bf16=True and use_cpu=True for bf16 on the CPU.")
+        super().__post_init__()

@@ -1,0 +1,135 @@
+"""Metrics of a run, summed on the device: one reduction over the ranks and one transfer to the host per log."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+
+class Metrics:
+    """Collects what a logging window reports.
+
+    `mean` follows TRL: the logged value is the mean over the micro-batches of the window of
+    sum(total over ranks) / sum(count over ranks); a micro-batch whose count is zero contributes 0. Every rank must
+    record the same names equally often between two logs. Training and evaluation are kept apart by `training`.
+    """
+
+    def __init__(self, device: torch.device, reduce: Callable[[Tensor], Tensor] | None = None):
+        """`reduce` sums a 1-D tensor over the ranks; None in a single process."""
+        self.device = device
+        self.reduce = reduce
+        self.training = True
+        # MPS has no fp64; token counts are exact up to 2^24 there
+        self.dtype = torch.float32 if device.type == "mps" else torch.float64
+        self._ratios: dict[bool, dict[str, list[tuple]]] = {True: {}, False: {}}
+        self._latest: dict[bool, dict[str, Tensor | float]] = {True: {}, False: {}}
+        self._counts: dict[str, float] = {}  # global, as of the last collection
+        self._added: dict[str, float] = {}  # of this rank, since then
+        self._logged_counts: set[str] = set()
+
+    def mean(self, name: str, total: Tensor | float, count: Tensor | float = 1.0) -> None:
+        """Record one micro-batch of a ratio, such as summed entropy (nats) over scored tokens; both 0-dim."""
+        detached = tuple(x.detach() if isinstance(x, Tensor) else x for x in (total, count))
+        self._ratios[self.training].setdefault(name, []).append(detached)
+
+    def last(self, name: str, value: Tensor | float) -> None:
+        """Record a value of which the last one is logged, averaged over the ranks."""
+        self._latest[self.training][name] = value.detach() if isinstance(value, Tensor) else value
+
+    def count(self, name: str, amount: int = 0, *, logged: bool = True) -> None:
+        """Add to a counter that runs through all of training (summed over ranks, kept in checkpoints).
+
+        With `logged` it appears in the log of the mode that touched it. Evaluation may pass amount 0 to show it.
+        """
+        self._added[name] = self._added.get(name, 0) + amount
+        if logged:
+            self._logged_counts.add(name)
+
+    def tokens(self, amount: int) -> None:
+        """Count a micro-batch's tokens as `num_tokens`; evaluation shows the count of training without adding."""
+        self.count("num_tokens", amount if self.training else 0)
+
+    def collect(self, **sums: Tensor | float) -> dict[str, float]:
+        """Host values of the current mode's window, which then starts anew; `sums` come back averaged over ranks."""
+        ratios, latest = self._ratios[self.training], self._latest[self.training]
+        added = sorted(self._added)
+        flat: list = [*sums.values(), *latest.values(), *(self._added[name] for name in added)]
+        for pairs in ratios.values():
+            flat += [x for pair in pairs for x in pair]
+        world, values = self._to_host(flat)
+        result: dict[str, float] = {}
+        for name in (*sums, *latest):
+            result[name] = next(values) / world
+        for name in added:
+            self._counts[name] = self._counts.get(name, 0) + next(values)
+        for name, pairs in ratios.items():
+            shares = [(next(values), next(values)) for _ in pairs]
+            result[name] = sum(total / count if count else 0.0 for total, count in shares) / len(shares)
+        result.update({name: self._counts[name] for name in sorted(self._logged_counts)})
+        ratios.clear(), latest.clear(), self._added.clear(), self._logged_counts.clear()
+        return result
+
+    def counts(self) -> dict[str, float]:
+        """The global counters, as of the last `collect`."""
+        return dict(self._counts)
+
+    def set_counts(self, counts: dict[str, float]) -> None:
+        """Continue counting from `counts` (a checkpoint's)."""
+        self._counts, self._added = dict(counts), {}
+
+    def reset(self) -> None:
+        """Forget both windows and the counters."""
+        for window in (*self._ratios.values(), *self._latest.values(), self._counts, self._added):
+            window.clear()
+        self._logged_counts.clear()
+
+    def reduce_counts(self) -> None:
+        """Bring the global counters up to date (all ranks must call it), without closing the window."""
+        added = sorted(self._added)
+        _, values = self._to_host([self._added[name] for name in added])
+        for name in added:
+            self._counts[name] = self._counts.get(name, 0) + next(values)
+            self._added[name] = 0
+
+    def state_dict(self) -> dict:
+        """This rank's open training window, as numbers."""
+        ratios = {n: [(float(a), float(b)) for a, b in pairs] for n, pairs in self._ratios[True].items()}
+        latest = {n: float(value) for n, value in self._latest[True].items()}
+        return {"ratios": ratios, "latest": latest, "logged_counts": sorted(self._logged_counts)}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue a training window."""
+        self._ratios[True] = {name: list(pairs) for name, pairs in state["ratios"].items()}
+        self._latest[True] = dict(state["latest"])
+        self._logged_counts = set(state["logged_counts"])
+
+    def _to_host(self, flat: list):
+        """(number of ranks, iterator over the summed values); the one synchronisation of a log."""
+        if self.reduce is None and not any(isinstance(x, Tensor) for x in flat):
+            return 1, iter([float(x) for x in flat])
+        host = torch.tensor([0.0 if isinstance(x, Tensor) else x for x in (*flat, 1.0)], dtype=self.dtype)
+        vector = host.to(self.device)
+        on_device = [i for i, x in enumerate(flat) if isinstance(x, Tensor)]
+        if on_device:
+            parts = [flat[i].to(self.device, self.dtype).reshape(()) for i in on_device]
+            vector[torch.tensor(on_device, device=self.device)] = torch.stack(parts)
+        if self.reduce is not None:
+            vector = self.reduce(vector)
+        *values, world = vector.tolist()
+        return round(world), iter(values)
+
+
+class RunCounters(TrainerCallback, ExportableState):
+    """Carries the counters of `Metrics` through `trainer_state.json`."""
+
+    def __init__(self, metrics: Metrics | None = None):
+        self.metrics = metrics
+        self.counts: dict[str, float] = {}
+
+    def state(self) -> dict:
+        counts = self.metrics.counts() if self.metrics is not None else self.counts
+        return {"args": {}, "attributes": {"counts": counts}}
