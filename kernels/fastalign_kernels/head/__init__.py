@@ -1,0 +1,9 @@
+"""Everything with a vocabulary axis: statistics of a language-model head per token, and their gradients."""
+
+from fastalign_kernels.head.cross_entropy import linear_cross_entropy
+from fastalign_kernels.head.deferred import deferred
+from fastalign_kernels.head.fused import fused
+from fastalign_kernels.head.stats import stats
+from fastalign_kernels.head.token_stats import OUTPUTS, LogitForm, TokenStats
+
+__all__ = ["OUTPUTS", "LogitForm", "TokenStats", "deferred", "fused", "linear_cross_entropy", "stats"]

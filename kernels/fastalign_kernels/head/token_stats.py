@@ -22,7 +22,7 @@ class TokenStats:
 
     def slice(self, span: slice) -> TokenStats:
         """The same statistics of a span of tokens."""
-        return TokenStats(**{f.name: None if (v := getattr(self, f.name)) is None else v[span] for f in fields(self)})
+        return TokenStats(**{f.name: v[span] for f in fields(self) if (v := getattr(self, f.name)) is not None})
 
 
 @dataclass(frozen=True)

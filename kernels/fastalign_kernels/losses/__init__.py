@@ -1,0 +1,1 @@
+"""Losses in plain torch on per-token and per-row vectors."""

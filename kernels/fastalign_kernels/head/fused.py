@@ -1,0 +1,132 @@
+"""Loss and gradients of the head in one pass of three products, for a loss that is a sum over chunks of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastalign_kernels.head.products import Head, HeadGradients, check_arguments, without_autocast
+from fastalign_kernels.head.rows import Coefficients
+from fastalign_kernels.head.token_stats import LogitForm, TokenStats
+
+LossFunction = Callable[[TokenStats, slice], Tensor]
+
+
+def _keeps_graph() -> bool:
+    """The running backward pass may come again (`retain_graph`); yes where torch cannot say."""
+    ask = getattr(getattr(torch._C, "_autograd", None), "_get_current_graph_task_keep_graph", None)
+    return True if ask is None else ask()
+
+
+class _FromGradients(torch.autograd.Function):
+    """Hands a loss its gradients, made before: backward scales them by the gradient of the loss, on the device."""
+
+    @staticmethod
+    def forward(ctx, loss, sums, hidden, weight, bias):
+        ctx.sums = sums
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss):
+        if ctx.sums is None:
+            raise RuntimeError(
+                "backward through this fused head loss ran before and its gradients were used up: "
+                "pass retain_graph=True to the first backward, or use deferred"
+            )
+        keep = _keeps_graph()
+        grads = ctx.sums.scaled(grad_loss, keep=keep)
+        if not keep:
+            ctx.sums = None
+        return None, None, *grads
+
+
+def _chunk_loss(
+    stats: TokenStats, span: slice, loss_fn: LossFunction, needs_grad: bool
+) -> tuple[Tensor, Coefficients]:
+    """The loss of a chunk and its derivatives by each statistic; None for those that it does not depend on."""
+    leaves = {name: v.detach() for name, v in vars(stats).items() if v is not None}
+    if not needs_grad:
+        loss = loss_fn(TokenStats(**leaves), span)
+        grads: dict[str, Tensor | None] = {}
+    else:
+        leaves = {name: v.requires_grad_() if name != "top1" else v for name, v in leaves.items()}
+        with torch.enable_grad():
+            loss = loss_fn(TokenStats(**leaves), span)
+        leaves.pop("top1", None)
+        found = (None,) * len(leaves)
+        if loss.requires_grad:
+            found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+        grads = dict(zip(leaves, found, strict=True))
+    if loss.dim() != 0:
+        raise ValueError(f"loss_fn returned a tensor of shape {tuple(loss.shape)}: return a scalar, such as a sum")
+    return loss.detach(), Coefficients(**grads)
+
+
+def _power_of_two_above(coefficients: Coefficients) -> Tensor:
+    """0-dim fp32: scale that brings the chunk's coefficients to at most 1, so that fp16 gradients do not underflow."""
+    largest = torch.stack([v.abs().max() for v in coefficients.given()]).max()
+    return torch.exp2(torch.ceil(torch.log2(largest.clamp(2.0**-100, 2.0**100))))
+
+
+@torch.no_grad()
+def _one_pass(
+    head: Head, loss_fn: LossFunction, outputs: tuple[str, ...], sums: HeadGradients | None
+) -> tuple[Tensor, TokenStats]:
+    """Total loss and statistics; gradients go to `sums` where given."""
+    rows = head.empty_stats(outputs)
+    total = torch.zeros((), dtype=head.stats_dtype, device=head.hidden.device)
+    for span in head.spans:
+        logits = head.logits(span)
+        head.stats(logits, span, outputs, rows)
+        part = rows.slice(span)
+        loss, coefficients = _chunk_loss(part.stats, span, loss_fn, sums is not None)
+        total += loss
+        if sums is None:
+            continue
+        if not coefficients.given():
+            sums.skip(span)
+            continue
+        scale = None
+        if head.hidden.dtype == torch.float16:
+            scale = _power_of_two_above(coefficients)
+            coefficients = coefficients.map(lambda v, scale=scale: v / scale)
+        sums.add(head, span, head.gradient(logits, span, part, coefficients), scale)
+    return total, rows.stats
+
+
+@without_autocast
+def fused(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    loss_fn: LossFunction,
+    *,
+    bias: Tensor | None = None,
+    form: LogitForm = LogitForm(),  # noqa: B008 (frozen)
+    outputs: tuple[str, ...] = ("logp",),
+    groups: Tensor | None = None,
+    chunk: int | None = None,
+) -> tuple[Tensor, TokenStats]:
+    """Loss (0-dim fp32, differentiable) and detached statistics of hidden (N, D) under weight (V, D), bias (V,).
+
+    `loss_fn(stats, span)` gets the statistics of the tokens `span` and returns a scalar; the loss is the sum over
+    spans. It may use every output but top1 differentiably; tensors that it captures get no gradient. Spans end at the
+    borders of `groups` (N,) non-decreasing ids (pairs, sequences) where given, else after `chunk` tokens.
+    Gradients of hidden, weight and bias are made in the same pass and scaled by the loss's gradient in backward: three
+    products, one chunk of logits in memory. An input that needs no gradient costs nothing; N = 0 gives loss 0 and zero
+    gradients without calling `loss_fn`. Raises ValueError for arguments that do not fit together.
+    """
+    check_arguments(hidden, weight, targets, bias, form, outputs)
+    if groups is not None and groups.shape != targets.shape:
+        raise ValueError(f"groups {tuple(groups.shape)}: give ({targets.shape[0]},), one id per target")
+    head = Head(hidden, weight, targets, bias, form, chunk, groups)
+    needs = (hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
+    if not torch.is_grad_enabled() or not any(needs):
+        return _one_pass(head, loss_fn, outputs, None)
+    sums = HeadGradients(head, needs)
+    loss, stats = _one_pass(head, loss_fn, outputs, sums)
+    return _FromGradients.apply(loss, sums.finish(), hidden, weight, bias), stats

@@ -1,0 +1,39 @@
+"""What the head says about each token, without gradient: one product, one chunk of logits in memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastalign_kernels.head.products import Head, check_arguments, without_autocast
+from fastalign_kernels.head.rows import RowStats
+from fastalign_kernels.head.token_stats import LogitForm, TokenStats
+
+
+@torch.no_grad()
+def rows_of_head(head: Head, outputs: tuple[str, ...]) -> RowStats:
+    """Statistics of all tokens, chunk by chunk."""
+    out = head.empty_stats(outputs)
+    for span in head.spans:
+        head.stats(head.logits(span), span, outputs, out)
+    return out
+
+
+@without_autocast
+def stats(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    form: LogitForm = LogitForm(),  # noqa: B008 (frozen)
+    outputs: tuple[str, ...] = ("logp",),
+    chunk: int | None = None,
+) -> TokenStats:
+    """Statistics of hidden (N, D) under the head weight (V, D), bias (V,) at targets (N,) int64, without gradient.
+
+    Products run in hidden's dtype, statistics are fp32 (fp64 for fp64). `chunk` is in tokens (default:
+    `chunk_size`). Raises ValueError for arguments that do not fit together.
+    """
+    check_arguments(hidden, weight, targets, bias, form, outputs)
+    return rows_of_head(Head(hidden, weight, targets, bias, form, chunk), outputs).stats
