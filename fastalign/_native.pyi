@@ -22,3 +22,45 @@ def plan_packs(
 def gather(
     chunks: list[NDArray], chunk: NDArray[np.int32], start: NDArray[np.int64], length: NDArray[np.int64], out: NDArray
 ) -> None: ...
+
+# rows.cpp; addresses of CPU tensors, 0 where there is none
+class RowLogits:
+    def __init__(
+        self,
+        data: int,
+        is_bfloat16: bool,
+        num_rows: int,
+        vocabulary: int,
+        stride: int,
+        targets: int,
+        temperatures: int,
+        scale: float,
+        softcap: float,
+        temperature: float,
+    ) -> None: ...
+
+def row_statistics(
+    logits: RowLogits,
+    logp: int,
+    lse: int,
+    entropy: int,
+    top1: int,
+    mean_logit: int,
+    log_sum_p2: int,
+    num_threads: int,
+    isa: str = "",
+) -> None: ...
+def row_gradient(
+    logits: RowLogits,
+    on_logp: int,
+    on_entropy: int,
+    on_mean_logp: int,
+    on_mean_logit: int,
+    on_log_sum_p2: int,
+    lse: int,
+    entropy: int,
+    log_sum_p2: int,
+    num_threads: int,
+    isa: str = "",
+) -> None: ...
+def row_instruction_set(wanted: str = "") -> str: ...
