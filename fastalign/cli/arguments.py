@@ -35,7 +35,7 @@ class ScriptArguments:
 
 
 def parse_columns(text: str) -> dict[str, str]:
-    """`"prompt=question,completion=answer"` -> `{"prompt": "question", "completion": "answer"}`; ValueError if malformed."""
+    """`"prompt=question,completion=answer"` -> `{"prompt": "question", ...}`; ValueError if malformed."""
     pairs = [part.split("=") for part in text.split(",")]
     if not all(len(pair) == 2 and all(map(str.strip, pair)) for pair in pairs):
         raise ValueError(

@@ -33,8 +33,8 @@ def main(arguments: list[str]) -> int:
     folder = benchmark_folder()
     if folder is None:
         print(
-            "fastalign bench: error: the benchmarks are part of the source checkout, not of the package. Clone the repository "
-            "and run this inside it.",
+            "fastalign bench: error: the benchmarks are part of the source checkout, not of the package. Clone the "
+            "repository and run this inside it.",
             file=sys.stderr,
         )
         return 1

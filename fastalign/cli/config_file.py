@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,17 @@ def set_environment(config: dict[str, Any]) -> None:
     """Remove the `env` block of `config` and set the variables it names."""
     for name, value in (config.pop("env", None) or {}).items():
         os.environ[str(name)] = str(value)
+
+
+def set_environment_early(arguments: list[str]) -> None:
+    """Set the variables of the `env` block before anything that reads them (torch) is imported.
+
+    What is wrong with the file is left for the parser to report.
+    """
+    with suppress(ValueError):
+        _, path = split_config_option(arguments)
+        if path is not None:
+            set_environment(read_config(path))
 
 
 def nearest(name: str, known) -> str:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import sys
 from difflib import get_close_matches
 
+from .config_file import set_environment_early
+
 
 def _sft(arguments: list[str]) -> int:
+    set_environment_early(arguments)
     from fastalign.trainers.sft import SFTConfig, SFTTrainer
 
     from .train import run

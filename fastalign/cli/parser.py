@@ -71,8 +71,8 @@ class AlignParser(HfArgumentParser):
     ) -> tuple[Any, ...]:
         """One instance per dataclass, from the command line (`sys.argv` if `args` is None) and the YAML file it names.
 
-        Unknown names raise ValueError; with `return_remaining_strings` they are returned as a last element (as two, file
-        and command line, with `separate_remaining_strings`), and `fail_with_unknown_args=False` drops those of the file.
+        Unknown names raise ValueError; with `return_remaining_strings` they are returned as a last element (as two,
+        file and command line, with `separate_remaining_strings`), and `fail_with_unknown_args=False` drops the file's.
         """
         arguments, config_remaining = self.read_config_option(args)
         *parsed, remaining = self.parse_args_into_dataclasses(

@@ -51,7 +51,7 @@ def run(name: str, config_class: type, trainer_class: type, arguments: list[str]
     script_args, training_args, model_args, mixture = settings[:4]
     try:
         trainer = make_trainer(trainer_class, script_args, training_args, model_args, mixture)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         if training_args.log_level == "debug":
             raise
         print(f"{parser.prog}: error: {error}", file=sys.stderr)

@@ -154,8 +154,8 @@ def main(arguments: list[str]) -> int:
     """Run the demo and say where model and report are."""
     parser = argparse.ArgumentParser(
         prog="fastalign demo",
-        description="Make a small model and a task with checkable answers, fine-tune it here (about a minute on two CPU "
-        "cores), compare before and after, and write a report.",
+        description="Make a small model and a task with checkable answers, fine-tune it here (about a minute on two "
+        "CPU cores), compare before and after, and write a report.",
     )
     parser.add_argument(
         "--output_dir", default="demo_output", help="folder for model and report [default: demo_output]"

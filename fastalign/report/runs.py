@@ -55,8 +55,8 @@ def read_run(folder: str | Path) -> Run:
     states = [_read_json(path) for path in _state_files(folder)]
     if not states:
         raise ValueError(
-            f"{str(folder)!r} holds no run: neither it nor a checkpoint-N in it has a {STATE}. Give the output_dir of a "
-            "run that has saved a checkpoint or ended."
+            f"{str(folder)!r} holds no run: neither it nor a checkpoint-N in it has a {STATE}. Give the output_dir of "
+            "a run that has saved a checkpoint or ended."
         )
     beside = [folder, folder.parent] if re.fullmatch(r"checkpoint-\d+", folder.name) else [folder]
     results = _first(beside, RESULTS)
