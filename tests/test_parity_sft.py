@@ -6,12 +6,12 @@ import math
 import pytest
 from datasets import Dataset
 from tiny import tiny_model, tiny_tokenizer
-from tolerances import PARITY_RTOL
 
 trl = pytest.importorskip("trl")
 
 import fastalign  # noqa: E402
 
+PARITY_RTOL = 1e-5  # fp32: sums over tokens are taken in another order
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu"]
 MARKED = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
