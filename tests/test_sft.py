@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from test_parity_sft import MARKED, _lora, _rows
 from tiny import tiny_model, tiny_tokenizer
-from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling
+from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq
 
 from fastalign import SFTConfig, SFTTrainer
 
@@ -56,7 +56,7 @@ def plain(tmp_path_factory):
         {"gradient_checkpointing_kwargs": {"selective": True}},
         {"gradient_checkpointing_kwargs": {"use_reentrant": False}},
         {"activation_offloading": True},
-        {"token_budget": 40},
+        {"token_budget": 100},
         {"dataloader_num_workers": 1},
         {"pad_to_multiple_of": 16},
         {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
@@ -83,9 +83,7 @@ def test_custom_collator_of_padded_dictionaries_gives_the_same_numbers(plain, tm
 
 
 def test_transformers_collator_works(tmp_path):
-    trainer = _train(
-        tmp_path, _rows("text"), data_collator=DataCollatorForLanguageModeling(tiny_tokenizer(), mlm=False)
-    )
+    trainer = _train(tmp_path, _rows("text"), data_collator=DataCollatorForSeq2Seq(tiny_tokenizer()))
     np.testing.assert_allclose(_losses(trainer), _losses(_train(tmp_path, _rows("text"))), rtol=LOSS_RTOL)
 
 
@@ -224,7 +222,8 @@ def test_streaming_equals_map_style(plain, tmp_path):
 def test_neftune_changes_training_and_leaves_the_model_clean(plain, tmp_path):
     trainer = _train(tmp_path, neftune_noise_alpha=5.0)
     assert not np.allclose(_losses(trainer), plain, rtol=1e-4)
-    assert not trainer.model.get_input_embeddings()._forward_hooks
+    hooks = trainer.model.get_input_embeddings()._forward_hooks.values()
+    assert not any("neftune" in hook.__qualname__ for hook in hooks)
 
 
 def test_plain_training_arguments_are_taken(tmp_path):
@@ -241,7 +240,11 @@ ERRORS = {  # name -> (exception, words of the message, what is passed)
     "empty": (ValueError, "empty", {"data": Dataset.from_dict({"text": []})}),
     "missing column": (ValueError, "question", {"data": Dataset.from_dict({"question": ["a"], "answer": ["b"]})}),
     "assistant only on text": (ValueError, "conversational", {"assistant_only_loss": True}),
-    "unknown template": (ValueError, "template", {"data": _rows("chat"), "assistant_only_loss": True}),
+    "unknown template": (
+        ValueError,
+        "template",
+        {"data": _rows("chat"), "assistant_only_loss": True, "chat_template": "{{ messages[0]['content'] }}"},
+    ),
     "formatting and completion": (
         ValueError,
         "formatting_func",
@@ -266,10 +269,12 @@ def test_wrong_input_is_named(case, tmp_path):
     kind, words, passed = ERRORS[case]
     passed = dict(passed)
     data = passed.pop("data", _rows("completion"))
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer.chat_template = passed.pop("chat_template", tokenizer.chat_template)
     with pytest.raises(kind, match=words):
         if isinstance(data, str):
             SFTTrainer(tiny_model(), SFTConfig(str(tmp_path), use_cpu=True), processing_class=tiny_tokenizer())
-        _train(tmp_path, data, **passed)
+        _train(tmp_path, data, tokenizer=tokenizer, **passed)
 
 
 @pytest.mark.parametrize(
