@@ -63,9 +63,10 @@ def flatten(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     return np.fromiter(chain.from_iterable(rows), np.int32, int(lengths.sum())), lengths
 
 
-def flat_column(column: pa.ChunkedArray | pa.Array, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """An Arrow column of integer lists -> (T,) int32 and the lengths (R,) int64. ValueError for any other type."""
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+def flat_column(column: pa.ChunkedArray | pa.Array | list, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """A column of integer lists -> (T,) int32 and the lengths (R,) int64. ValueError for any other type."""
+    array = pa.array(column) if isinstance(column, list) else column
+    array = array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
     is_list = pa.types.is_list(array.type) or pa.types.is_large_list(array.type)
     of = array.type.value_type if is_list else array.type
     is_empty = is_list and not len(array.flatten())  # an empty column has no type of its own

@@ -201,7 +201,8 @@ class SFTTokenizer:
                     f"{i} of its batch); they must be equally long."
                 )
         labels = parts["labels"] if not masks else build_labels(ids, parts.values())
-        return Rows(ids, labels, lengths), batch["seq_lengths"] if "seq_lengths" in self.columns else None
+        packed = batch["seq_lengths"] if "seq_lengths" in self.columns else None
+        return Rows(ids, labels, lengths), pa.array(packed) if isinstance(packed, list) else packed
 
     def _text(self, batch: Mapping[str, list]) -> Rows:
         if self.formatting_func is None:
@@ -271,10 +272,11 @@ def _run(dataset: Dataset | IterableDataset, step: SFTTokenizer, num_proc: int |
         return result
     names = ["input_ids", "labels"] + (["seq_lengths"] if step.kind == "tokens" and "seq_lengths" in kept else [])
     features = Features({column: List(Value("int32")) for column in names})
-    source = dataset.with_format("arrow" if step.kind == "tokens" else None)
     if isinstance(dataset, IterableDataset):
-        stream = source.map(_Lists(step), batched=True, remove_columns=step.columns, features=features)
-        return stream.with_format(None)
+        return dataset.with_format(None).map(
+            _Lists(step), batched=True, remove_columns=step.columns, features=features
+        )
+    source = dataset.with_format("arrow" if step.kind == "tokens" else None)
     options = {k: v for k, v in vars(step).items() if k not in ("encoder", "counts", "name", "columns")}
     options["chat_template"] = step.encoder.chat_template
     result = source.map(
@@ -292,13 +294,12 @@ def _run(dataset: Dataset | IterableDataset, step: SFTTokenizer, num_proc: int |
 
 @dataclass
 class _Lists:
-    """`SFTTokenizer` for streams, which take Arrow only from Arrow."""
+    """`SFTTokenizer` for streams, which want lists."""
 
     step: SFTTokenizer
 
-    def __call__(self, batch: Mapping[str, Any] | pa.Table) -> dict[str, list] | pa.Table:
-        table = self.step(batch)
-        return table if self.step.kind == "tokens" else table.to_pydict()
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list]:
+        return self.step(batch).to_pydict()
 
 
 def _check_result(result: Dataset, step: SFTTokenizer, rows: int) -> None:
