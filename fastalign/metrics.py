@@ -29,7 +29,7 @@ class Metrics:
         self._latest: dict[bool, dict[str, Tensor | float]] = {True: {}, False: {}}
         self._counts: dict[str, float] = {}  # global, as of the last collection
         self._added: dict[str, float] = {}  # of this rank, since then
-        self._logged_counts: set[str] = set()
+        self._logged_counts: dict[bool, set[str]] = {True: set(), False: set()}
 
     def mean(self, name: str, total: Tensor | float, count: Tensor | float = 1.0) -> None:
         """Record one micro-batch of a ratio, such as summed entropy (nats) over scored tokens; both 0-dim."""
@@ -47,7 +47,7 @@ class Metrics:
         """
         self._added[name] = self._added.get(name, 0) + amount
         if logged:
-            self._logged_counts.add(name)
+            self._logged_counts[self.training].add(name)
 
     def tokens(self, amount: int) -> None:
         """Count a micro-batch's tokens as `num_tokens`; evaluation shows the count of training without adding."""
@@ -69,8 +69,8 @@ class Metrics:
         for name, pairs in ratios.items():
             shares = [(next(values), next(values)) for _ in pairs]
             result[name] = sum(total / count if count else 0.0 for total, count in shares) / len(shares)
-        result.update({name: self._counts[name] for name in sorted(self._logged_counts)})
-        ratios.clear(), latest.clear(), self._added.clear(), self._logged_counts.clear()
+        result.update({name: self._counts[name] for name in sorted(self._logged_counts[self.training])})
+        ratios.clear(), latest.clear(), self._added.clear(), self._logged_counts[self.training].clear()
         return result
 
     def counts(self) -> dict[str, float]:
@@ -83,9 +83,9 @@ class Metrics:
 
     def reset(self) -> None:
         """Forget both windows and the counters."""
-        for window in (*self._ratios.values(), *self._latest.values(), self._counts, self._added):
+        windows = (*self._ratios.values(), *self._latest.values(), *self._logged_counts.values())
+        for window in (*windows, self._counts, self._added):
             window.clear()
-        self._logged_counts.clear()
 
     def reduce_counts(self) -> None:
         """Bring the global counters up to date (all ranks must call it), without closing the window."""
@@ -99,13 +99,13 @@ class Metrics:
         """This rank's open training window, as numbers."""
         ratios = {n: [(float(a), float(b)) for a, b in pairs] for n, pairs in self._ratios[True].items()}
         latest = {n: float(value) for n, value in self._latest[True].items()}
-        return {"ratios": ratios, "latest": latest, "logged_counts": sorted(self._logged_counts)}
+        return {"ratios": ratios, "latest": latest, "logged_counts": sorted(self._logged_counts[True])}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue a training window."""
         self._ratios[True] = {name: list(pairs) for name, pairs in state["ratios"].items()}
         self._latest[True] = dict(state["latest"])
-        self._logged_counts = set(state["logged_counts"])
+        self._logged_counts[True] = set(state["logged_counts"])
 
     def _to_host(self, flat: list):
         """(number of ranks, iterator over the summed values); the one synchronisation of a log."""

@@ -66,6 +66,8 @@ def honoured_fields() -> dict[str, str]:
 
 def check_arguments(args) -> None:
     """Raise ValueError, naming the field, for what the loop does not do; warn once of fields it does not know."""
+    if not hasattr(args, "token_budget"):
+        args.token_budget = None  # plain TrainingArguments
     for name, (off, instead) in REFUSED.items():
         value = getattr(args, name, off)
         if value not in (off, None, "", False):

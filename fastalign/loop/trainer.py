@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import transformers
 from accelerate.utils import DistributedType, send_to_device
-from accelerate.utils.memory import clear_device_cache
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 from transformers.trainer_callback import ExportableState, TrainerControl, TrainerState
 from transformers.trainer_pt_utils import LabelSmoother
@@ -32,6 +32,7 @@ from ..metrics import Metrics
 from . import checkpoint, evaluation, hub, optimization, reporting, steps
 from .arguments import check_arguments, check_inputs
 from .batching import list_lengths, make_loader
+from .checkpoint_files import rotate
 from .distributed import make_accelerator, prepare_model
 from .model_inputs import accepts_loss_kwargs, count_items, default_collator, model_loss, signature_columns
 from .model_setup import place_model, ready_for_training
@@ -300,7 +301,15 @@ class Trainer(RunOutputs):
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def _evaluate(self, step_schedule: bool = True) -> dict[str, float]:
-        metrics = self.evaluate(ignore_keys=self._ignore_keys)
+        try:
+            metrics = self.evaluate(ignore_keys=self._ignore_keys)
+        except RuntimeError as error:
+            if self.args.auto_find_batch_size and should_reduce_batch_size(error):
+                raise RuntimeError(
+                    "Evaluation ran out of memory, and auto_find_batch_size lowers the training batch only: lower "
+                    "per_device_eval_batch_size."
+                ) from error
+            raise
         if step_schedule:
             optimization.step_on_metric(self, metrics)
         return metrics
@@ -332,6 +341,9 @@ class Trainer(RunOutputs):
     def _end(self, metrics: dict[str, float]) -> TrainOutput:
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
             checkpoint.load_best_model(self)
+        if self.args.should_save and self.state.best_model_checkpoint is not None:
+            # while training, the last checkpoint is kept besides the best
+            rotate(self.args.output_dir, self.args.save_total_limit, [self.state.best_model_checkpoint])
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
         hub.wait_for_uploads(self)
         return TrainOutput(self.state.global_step, metrics["train_loss"], metrics)
