@@ -268,6 +268,7 @@ void run(const Logits& logits, const Job& job, bool extra, int64_t num_threads, 
     const int64_t work = logits.num_rows * logits.vocabulary / WORK_PER_THREAD;
     const int64_t parts = std::max<int64_t>(1, std::min({num_threads, work, logits.num_rows}));
     std::vector<std::thread> threads;
+    threads.reserve(static_cast<size_t>(parts));
     for (int64_t i = 1; i < parts; ++i) {
         const int64_t begin = logits.num_rows * i / parts, end = logits.num_rows * (i + 1) / parts;
         try {

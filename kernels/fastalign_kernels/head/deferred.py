@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastalign_kernels.head.products import Head, HeadGradients, check_arguments, without_autocast
+from fastalign_kernels.head.products import Head, HeadGradients, as_one_op, check_arguments
 from fastalign_kernels.head.rows import Coefficients, RowStats
 from fastalign_kernels.head.stats import rows_of_head
 from fastalign_kernels.head.token_stats import OUTPUTS, LogitForm, TokenStats
@@ -44,7 +44,7 @@ class _DeferredStats(torch.autograd.Function):
             return *sums.finish().scaled(), *none
 
 
-@without_autocast
+@as_one_op
 def deferred(
     hidden: Tensor,
     weight: Tensor,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastalign_kernels.head.products import Head, HeadGradients, check_arguments, without_autocast
+from fastalign_kernels.head.products import Head, HeadGradients, as_one_op, check_arguments
 from fastalign_kernels.head.rows import Coefficients
 from fastalign_kernels.head.token_stats import LogitForm, TokenStats
 
@@ -49,21 +49,17 @@ def _chunk_loss(
 ) -> tuple[Tensor, Coefficients]:
     """The loss of a chunk and its derivatives by each statistic; None for those that it does not depend on."""
     leaves = {name: v.detach() for name, v in vars(stats).items() if v is not None}
-    if not needs_grad:
+    smooth = [name for name in leaves if name != "top1"] if needs_grad else []
+    for name in smooth:
+        leaves[name].requires_grad_()
+    with torch.set_grad_enabled(needs_grad):
         loss = loss_fn(TokenStats(**leaves), span)
-        grads: dict[str, Tensor | None] = {}
-    else:
-        leaves = {name: v.requires_grad_() if name != "top1" else v for name, v in leaves.items()}
-        with torch.enable_grad():
-            loss = loss_fn(TokenStats(**leaves), span)
-        leaves.pop("top1", None)
-        found = (None,) * len(leaves)
-        if loss.requires_grad:
-            found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-        grads = dict(zip(leaves, found, strict=True))
     if loss.dim() != 0:
         raise ValueError(f"loss_fn returned a tensor of shape {tuple(loss.shape)}: return a scalar, such as a sum")
-    return loss.detach(), Coefficients(**grads)
+    if not loss.requires_grad:
+        return loss, Coefficients()
+    grads = torch.autograd.grad(loss, [leaves[name] for name in smooth], allow_unused=True)
+    return loss.detach(), Coefficients(**dict(zip(smooth, grads, strict=True)))
 
 
 def _power_of_two_above(coefficients: Coefficients) -> Tensor:
@@ -98,7 +94,7 @@ def _one_pass(
     return total, rows.stats
 
 
-@without_autocast
+@as_one_op
 def fused(
     hidden: Tensor,
     weight: Tensor,

@@ -21,8 +21,8 @@ R = TypeVar("R")
 BF16_SUM_CHUNKS = 8
 
 
-def without_autocast(fn: Callable[P, R]) -> Callable[P, R]:
-    """Runs `fn(hidden, ...)` with autocast off on hidden's device: the caller chose the dtype of the products."""
+def as_one_op(fn: Callable[P, R]) -> Callable[P, R]:
+    """Makes `fn(hidden, ...)` opaque: autocast off (dtypes are the caller's choice), not traced by torch.compile."""
 
     @functools.wraps(fn)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -31,7 +31,7 @@ def without_autocast(fn: Callable[P, R]) -> Callable[P, R]:
         with torch.autocast(hidden.device.type, enabled=False):
             return fn(*args, **kwargs)
 
-    return run
+    return torch._disable_dynamo(run)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _product_ready(tensor: Tensor) -> Tensor:
@@ -99,11 +99,15 @@ class Head:
         self.weight = _product_ready(weight.detach().to(dtype))  # one cast per call where the dtypes differ
         self.bias = None if bias is None else bias.detach().to(dtype)
         self.targets = targets.to(torch.int64)
-        self.form = LogitForm(form.scale, form.softcap, _detached(form.temperature))
         self.grad_dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        self.wide_products = hidden.is_cuda and dtype in (torch.bfloat16, torch.float16)
+        cuda = hidden.is_cuda and torch.version.hip is None
+        self.wide_products = cuda and dtype in (torch.bfloat16, torch.float16)
         self.logits_dtype = torch.float32 if self.wide_products else dtype
         self.stats_dtype = stats_dtype_of(dtype)
+        temperature = form.temperature
+        if isinstance(temperature, Tensor):
+            temperature = temperature.detach().to(self.stats_dtype)
+        self.form = LogitForm(form.scale, form.softcap, temperature)
         num_tokens, vocabulary = hidden.shape[0], weight.shape[0]
         if chunk is None:
             chunk = chunk_size(vocabulary, self.logits_dtype.itemsize, hidden.device)
@@ -133,10 +137,6 @@ class Head:
         """dL/d(W h + bias) of the span, in the memory of its logits; `rows` and `coefficients` are of the span."""
         form = slice_form(self.form, span)
         return row_gradient(logits, self.targets[span], form, rows, coefficients, self.hidden.dtype)
-
-
-def _detached(value: float | Tensor) -> float | Tensor:
-    return value.detach() if isinstance(value, Tensor) else value
 
 
 class HeadGradients:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastalign_kernels.head.products import Head, check_arguments, without_autocast
+from fastalign_kernels.head.products import Head, as_one_op, check_arguments
 from fastalign_kernels.head.rows import RowStats
 from fastalign_kernels.head.token_stats import LogitForm, TokenStats
 
@@ -19,7 +19,7 @@ def rows_of_head(head: Head, outputs: tuple[str, ...]) -> RowStats:
     return out
 
 
-@without_autocast
+@as_one_op
 def stats(
     hidden: Tensor,
     weight: Tensor,
