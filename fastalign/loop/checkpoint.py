@@ -53,8 +53,8 @@ LOOP_STATE_NAME = "fastalign_state.pt"  # what the trainer's `state_dict()` hold
 def save_checkpoint(trainer, *, metrics: dict[str, float] | None = None) -> str:
     """Write `output_dir/checkpoint-N` for the current step, rotate older ones, and return its path.
 
-    All ranks must call it. Raises CheckpointError on all of them if it cannot be written (full disk, ...); then nothing
-    on disk or in memory has changed. `metrics`, of the evaluation that led here, are kept in the manifest.
+    All ranks must call it. Raises CheckpointError on all of them if it cannot be written (full disk, ...); then
+    nothing on disk or in memory has changed. `metrics`, of the evaluation that led here, go into the manifest.
     """
     args, step = trainer.args, trainer.state.global_step
     final = Path(args.output_dir) / f"{PREFIX}{step}"
@@ -162,7 +162,8 @@ def checkpoint_to_resume(trainer, resume_from_checkpoint: str | bool | os.PathLi
 
     The main process looks and tells the others. ValueError if there is none, or the one named is not complete.
     """
-    output_dir, answer = trainer.args.output_dir, [None, None]
+    output_dir = trainer.args.output_dir
+    answer: list[str | None] = [None, None]  # path, error
     if trainer.accelerator.is_main_process:
         try:
             clean_up(output_dir)
@@ -185,8 +186,8 @@ def _chosen(output_dir: str, wanted: str | bool | os.PathLike | None) -> str | N
     path = find_last_checkpoint(output_dir)
     if path is None:
         raise ValueError(
-            f"resume_from_checkpoint=True, but there is no complete checkpoint in {output_dir!r}: check output_dir, name "
-            "a checkpoint, or leave resume_from_checkpoint out to start anew."
+            f"resume_from_checkpoint=True, but there is no complete checkpoint in {output_dir!r}: check output_dir, "
+            "name a checkpoint, or leave resume_from_checkpoint out to start anew."
         )
     return path
 

@@ -19,12 +19,12 @@ from pathlib import Path
 
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.utils import (
-    ADAPTER_SAFE_WEIGHTS_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
     WEIGHTS_INDEX_NAME,
     WEIGHTS_NAME,
 )
+from transformers.utils.peft_utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 logger = logging.getLogger(__name__)
 
@@ -241,7 +241,8 @@ def weight_files(path: Path) -> list[str]:
         return nested
     if list(path.glob("pytorch_model_fsdp*")) or list(path.glob("global_step*")):
         raise ValueError(
-            "its weights are sharded (FSDP or DeepSpeed format): merge them with `accelerate merge-weights` or zero_to_fp32.py"
+            "its weights are sharded (FSDP or DeepSpeed format): merge them with `accelerate merge-weights` or "
+            "zero_to_fp32.py"
         )
     raise ValueError("it has no weights (model.safetensors, adapter_model.safetensors, or an index with shards)")
 

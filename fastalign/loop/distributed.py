@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import (
     DataLoaderConfiguration,
@@ -14,6 +13,7 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     TorchDynamoPlugin,
 )
+from torch.distributed.fsdp import register_fsdp_forward_method
 
 
 def make_accelerator(args) -> Accelerator:
@@ -61,7 +61,9 @@ def make_accelerator(args) -> Accelerator:
 def _ddp_settings(args) -> DistributedDataParallelKwargs:
     find_unused = args.ddp_find_unused_parameters
     # searching the graph for unused parameters does not work with checkpointing, which builds it in the backward pass
-    options = {"find_unused_parameters": not args.gradient_checkpointing if find_unused is None else find_unused}
+    options: dict[str, Any] = {
+        "find_unused_parameters": not args.gradient_checkpointing if find_unused is None else find_unused
+    }
     for name in ("bucket_cap_mb", "broadcast_buffers", "static_graph"):
         if (value := getattr(args, f"ddp_{name}", None)) is not None:
             options[name] = value
@@ -109,5 +111,5 @@ def prepare_model(trainer) -> None:
     if is_fsdp(accelerator):
         trainer.model = trainer.model_wrapped
         if hasattr(trainer.model, "generate"):
-            torch.distributed.fsdp.register_fsdp_forward_method(trainer.model, "generate")
+            register_fsdp_forward_method(trainer.model, "generate")
     trainer._is_prepared = True

@@ -116,9 +116,9 @@ class _Offload(saved_tensors_hooks):
         for reference in self._slots[max(packed.place - AHEAD, 0) : packed.place]:
             if (slot := reference()) is not None:
                 slot.fetch()
+        tensor, packed.fetched = packed.fetched, None
+        assert tensor is not None and packed.arrived is not None
         compute = torch.accelerator.current_stream(packed.device)
         compute.wait_event(packed.arrived)
-        tensor, packed.fetched = packed.fetched, None
-        assert tensor is not None
         tensor.record_stream(compute)
         return tensor

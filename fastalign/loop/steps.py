@@ -25,12 +25,14 @@ def run_epoch(trainer, loader, plan: TrainingPlan, epoch: int, skip: int = 0, re
     _set_epoch(loader, epoch)
     if isinstance(sampler, StepSampler):
         sampler.seek(epoch, skip)
+    if resumed is not None and skip == 0:
+        checkpoint.load_rng_state(trainer, resumed)  # the checkpoint is older than the draw that the next line makes
     iterator = iter(loader)
     done = skip * args.gradient_accumulation_steps
     if not isinstance(sampler, StepSampler):
         for _ in range(done):
             next(iterator, None)
-    if resumed is not None:
+    if resumed is not None and skip > 0:
         checkpoint.load_rng_state(trainer, resumed)
     for batches, nominal in batches_of_steps(iterator, sampler, args.gradient_accumulation_steps):
         done += nominal

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,7 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_NAME
+from transformers.utils import logging as hf_logging
+from transformers.utils.peft_utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from ..adapters import is_peft_model
 from .checkpoint_files import weight_files
@@ -26,11 +31,11 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
-def whole(tensor: Tensor, keep: bool) -> Tensor | None:
+def whole(tensor: Any, keep: bool) -> Tensor | None:
     """The full tensor in host memory; all ranks must call it, those with `keep` False get None."""
     if not isinstance(tensor, DTensor):
         return tensor
-    full = tensor.detach().full_tensor()
+    full = tensor.full_tensor().detach()
     return full.cpu() if keep else None
 
 
@@ -42,7 +47,7 @@ def like(tensor: Tensor, target: Tensor) -> Tensor:
     return distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
 
 
-def model_state(model: nn.Module, keep: bool) -> dict[str, Tensor] | None:
+def model_state(model: Any, keep: bool) -> dict[str, Tensor] | None:
     """The whole state dict of a sharded model (None: not sharded, it can be saved as it is); called on all ranks.
 
     Tied weights come out as one tensor under several names, as in an ordinary model. With `keep` False it is empty.
@@ -66,7 +71,7 @@ def model_state(model: nn.Module, keep: bool) -> dict[str, Tensor] | None:
     return state
 
 
-def write_model(trainer, folder: str | Path, state: dict[str, Tensor] | None) -> None:
+def write_model(trainer, folder: str | os.PathLike, state: dict[str, Tensor] | None) -> None:
     """Write weights (adapters of a PEFT model), configs, processing class and arguments; on the writing ranks only.
 
     `state` is `model_state(trainer.model, True)`, which all ranks made before.
@@ -75,7 +80,8 @@ def write_model(trainer, folder: str | Path, state: dict[str, Tensor] | None) ->
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model, PreTrainedModel) or is_peft_model(model):
-        model.save_pretrained(folder, state_dict=state)
+        with _no_bar():
+            model.save_pretrained(folder, state_dict=state)
     else:
         state = model.state_dict() if state is None else state
         save_file({k: v.contiguous() for k, v in state.items()}, folder / SAFE_WEIGHTS_NAME, {"format": "pt"})
@@ -83,6 +89,20 @@ def write_model(trainer, folder: str | Path, state: dict[str, Tensor] | None) ->
     if saved_with is not None:
         saved_with.save_pretrained(folder)
     torch.save(trainer.args, folder / TRAINING_ARGS_NAME)
+    for file in folder.rglob("*.safetensors"):  # written for the owner only; readable as the folder is
+        file.chmod(folder.stat().st_mode & 0o666)
+
+
+@contextlib.contextmanager
+def _no_bar() -> Iterator[None]:
+    """Without the progress bar over shards, which would cut through that of the run."""
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
 
 
 def read_model(trainer, folder: Path) -> None:
@@ -119,7 +139,7 @@ def _read(file: Path) -> dict[str, Tensor]:
 
 
 def _converted(model: nn.Module, folder: Path) -> dict[str, Tensor] | None:
-    """The state dict as Transformers' own loading makes it, for models whose names in files differ from those in memory."""
+    """The state dict as Transformers' loading makes it, where names in files differ from those in memory."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     if not isinstance(model, PreTrainedModel) or not get_model_conversion_mapping(model, add_legacy=False):
