@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import datasets
 import numpy as np
@@ -203,19 +205,30 @@ def _write(batches: Iterator[pa.RecordBatch], schema: pa.Schema, path: str) -> N
     """Write an Arrow stream aside, then rename it, so that a half-written cache file is never read."""
     folder = os.path.dirname(os.path.abspath(path))
     os.makedirs(folder, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=folder, prefix="tmp-pack-", delete=False) as file:
-        try:
-            with pa.ipc.new_stream(file, schema) as writer:
-                for batch in batches:
-                    writer.write_batch(batch)
-            file.flush()
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    handle, aside = tempfile.mkstemp(dir=folder, prefix="tmp-pack-")
+    os.close(handle)
+    try:
+        with pa.OSFile(aside, "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+            for batch in _one_ahead(batches):
+                writer.write_batch(batch)
+    except BaseException:
+        os.unlink(aside)
+        raise
     umask = os.umask(0o666)
     os.umask(umask)
-    os.chmod(file.name, 0o666 & ~umask)
-    os.replace(file.name, path)
+    os.chmod(aside, 0o666 & ~umask)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)  # renaming over a file would make ext4 write this one to the disk first
+    os.replace(aside, path)
+
+
+def _one_ahead(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """The same batches; each is made in a thread while the one before it is written."""
+    with ThreadPoolExecutor(1) as pool:
+        upcoming = pool.submit(next, batches, None)
+        while (batch := upcoming.result()) is not None:
+            upcoming = pool.submit(next, batches, None)
+            yield batch
 
 
 # Columns and their rows
@@ -234,20 +247,26 @@ class ListColumn:
 
     def gather(self, row: np.ndarray, start: np.ndarray, length: np.ndarray) -> pa.Array:
         """Values of these pieces of rows, back to back."""
-        chunk, start, kind = self.chunk[row], self.start[row] + start, self.type.value_type
-        plain = pa.types.is_primitive(kind) and not pa.types.is_boolean(kind) and kind.bit_width % 8 == 0
-        if not plain or any(values.null_count for values in self.chunks):
+        chunk, start = self.chunk[row], self.start[row] + start
+        if self._bytes is None:
             return self._take(chunk, start, length)
+        out = np.empty(int(length.sum()), self._bytes[0].dtype if self._bytes else "V1")
+        _native.gather(self._bytes, chunk, start, length, out)
+        return pa.Array.from_buffers(self.type.value_type, len(out), [None, pa.py_buffer(out)])
+
+    @cached_property
+    def _bytes(self) -> list[np.ndarray] | None:
+        """The values of each chunk as items of their width; None where they are not a plain run of bytes."""
+        kind = self.type.value_type
+        plain = pa.types.is_primitive(kind) and not pa.types.is_boolean(kind)
+        if not plain or any(values.null_count for values in self.chunks):
+            return None
         width = f"V{kind.bit_width // 8}"
-        views = [
-            np.frombuffer(values.buffers()[1] or b"", width)[values.offset :][: len(values)] for values in self.chunks
-        ]
-        out = np.empty(int(length.sum()), width)
-        _native.gather(views, chunk, start, length, out)
-        return pa.Array.from_buffers(kind, len(out), [None, pa.py_buffer(out)])
+        runs = [np.frombuffer(values.buffers()[1] or b"", width) for values in self.chunks]
+        return [run[values.offset :][: len(values)] for run, values in zip(runs, self.chunks, strict=True)]
 
     def _take(self, chunk: np.ndarray, start: np.ndarray, length: np.ndarray) -> pa.Array:
-        """The same for values that are not a plain run of bytes (bits, strings, missing values)."""
+        """The same for bits, strings and missing values."""
         first = np.cumsum([0, *(len(values) for values in self.chunks)])[chunk] + start  # in the chunks put together
         steps = np.arange(int(length.sum())) - np.repeat(np.cumsum(length) - length, length)
         taken = pa.chunked_array(self.chunks, self.type.value_type).take(pa.array(np.repeat(first, length) + steps))
