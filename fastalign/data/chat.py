@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from jinja2 import TemplateError
 from transformers import AddedToken, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
@@ -12,7 +12,7 @@ from transformers import AddedToken, AutoTokenizer, PreTrainedModel, PreTrainedT
 from .formats import is_conversational, prepare_multimodal_messages
 from .training_templates import training_template
 
-ProcessingClass = PreTrainedTokenizerBase | ProcessorMixin
+ProcessingClass: TypeAlias = Any  # PreTrainedTokenizerBase | ProcessorMixin
 
 _TEMPLATED = (  # the sets of columns a template can be applied to
     {"messages"},
@@ -122,7 +122,7 @@ def get_training_chat_template(processing_class: ProcessingClass) -> str | None:
     return found[1]
 
 
-def _tokenizer_of(processing_class: ProcessingClass) -> PreTrainedTokenizerBase:
+def _tokenizer_of(processing_class: ProcessingClass) -> Any:
     return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
 
 
@@ -229,16 +229,18 @@ def clone_chat_template(
 
     # len(get_vocab()): `vocab_size` leaves added tokens out and differs between tokenizer classes
     model.resize_token_embeddings(new_num_tokens=len(tokenizer.get_vocab()), pad_to_multiple_of=resize_to_multiple_of)
-    rows = model.get_input_embeddings().weight.shape[0]
+    embeddings: Any = model.get_input_embeddings()
+    rows = embeddings.weight.shape[0]
     number = 0
     while len(tokenizer.get_vocab()) < rows:
         filler = AddedToken(f"<extra_id_{number}>")
         if tokenizer.add_tokens(filler):
             added.append(filler)
         number += 1
-    if len(tokenizer.get_vocab()) != rows:
+    known = tokenizer.get_vocab()
+    if len(known) != rows:
         raise RuntimeError(
-            f"After cloning the chat template of {source_tokenizer_path!r} the tokenizer has "
-            f"{len(tokenizer.get_vocab())} tokens and the model {rows} embedding rows; they must be equal."
+            f"After cloning the chat template of {source_tokenizer_path!r} the tokenizer has {len(known)} "
+            f"tokens and the model {rows} embedding rows; they must be equal."
         )
-    return model, tokenizer, tokenizer.convert_tokens_to_ids([token.content for token in added])
+    return model, tokenizer, [known[token.content] for token in added]

@@ -108,12 +108,13 @@ class Encoder:
         """Text of each conversation, and with `marks` the character spans of its `{% generation %}` blocks."""
         if not all(conversations):
             raise ValueError("A row holds no messages; a conversation needs at least one. Filter such rows out.")
-        texts, spans = [""] * len(conversations), [[] for _ in conversations]
+        texts = [""] * len(conversations)
+        spans: list[list[tuple[int, int]]] = [[] for _ in conversations]
         for members, arguments in _groups(settings, len(conversations)):
-            arguments = {"chat_template": self.chat_template} | arguments
+            arguments: dict[str, Any] = {"chat_template": self.chat_template} | arguments
             tools = arguments.pop("tools", None)
             template = self.processing_class.get_chat_template(arguments.pop("chat_template"), tools)
-            rendered, found = render_jinja_template(
+            output: Any = render_jinja_template(
                 conversations=[conversations[i] for i in members],
                 tools=tools,
                 chat_template=template,
@@ -121,10 +122,10 @@ class Encoder:
                 add_generation_prompt=generation_prompt,
                 **(self.processing_class.special_tokens_map | arguments),
             )
-            for i, text in zip(members, rendered, strict=True):
+            for i, text in zip(members, output[0], strict=True):
                 texts[i] = text
             if marks:
-                for i, where in zip(members, found, strict=True):
+                for i, where in zip(members, output[1], strict=True):
                     spans[i] = where
         return texts, spans
 

@@ -268,7 +268,7 @@ def _run(dataset: Dataset | IterableDataset, step: SFTTokenizer, num_proc: int |
     if step.kind == "tokens" and "labels" in kept and step.max_length is None:
         result = dataset.select_columns(kept)
         if isinstance(result, Dataset):
-            _check_result(result, step, len(dataset))
+            _check_result(result, step, len(result))
         return result
     names = ["input_ids", "labels"] + (["seq_lengths"] if step.kind == "tokens" and "seq_lengths" in kept else [])
     features = Features({column: List(Value("int32")) for column in names})
@@ -314,7 +314,7 @@ def _check_result(result: Dataset, step: SFTTokenizer, rows: int) -> None:
             step.max_length,
             dropped,
         )
-    batches = result.with_format("arrow").iter(1000)
+    batches: Any = result.with_format("arrow").iter(1000)
     if not any((flat_column(batch["labels"], "labels")[0] != -100).any() for batch in batches):
         raise ValueError(
             f"No row of the {step.name} dataset has a scored token ({rows} rows, {dropped} dropped because truncation "
