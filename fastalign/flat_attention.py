@@ -15,14 +15,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
+from fastalign_kernels.attention import Segments, packed_attention
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-from fastalign_kernels.attention import Segments, packed_attention
 
 NAME = "fastalign"
 IGNORE_SOFTCAP = ("sdpa",)  # implementations of Transformers that leave out soft-cap and sinks
@@ -64,8 +64,9 @@ def select_flat_attention(model: nn.Module) -> str:
 def restore_attention(model: nn.Module) -> None:
     """Undo `select_flat_attention`."""
     for config in _configs(model):
-        if (config._attn_implementation or "").startswith(NAME):
-            config._attn_implementation_internal = original_of(config._attn_implementation)
+        name = config._attn_implementation or ""
+        if name.startswith(NAME):
+            config._attn_implementation_internal = original_of(name)
 
 
 def _configs(model: nn.Module) -> list[PreTrainedConfig]:
@@ -85,11 +86,11 @@ def register(name: str) -> None:
     AttentionMaskInterface.register(name, functools.partial(_mask, original=original))
 
 
-def _mask(*, original: str, **request):
+def _mask(*, original: str, **request: Any) -> Any:
     """A `FlatMask` in a flat batch, else the mask of the original implementation."""
     segments = _segments.get()
     if segments is None:
-        return ALL_MASK_ATTENTION_FUNCTIONS[original](**request)
+        return cast(Callable[..., Any], ALL_MASK_ATTENTION_FUNCTIONS[original])(**request)
     if request["use_vmap"] or request["attention_mask"] is not None:
         raise ValueError("the model adds a mask of its own to the causal one")
     if request["batch_size"] != 1 or request["q_length"] != request["kv_length"]:
@@ -99,7 +100,7 @@ def _mask(*, original: str, **request):
 
 
 def _attention(
-    module: nn.Module,
+    module: Any,
     query: Tensor,  # (1, H, T, K) in a flat batch
     key: Tensor,  # (1, H_kv, T, K)
     value: Tensor,  # (1, H_kv, T, K_v)

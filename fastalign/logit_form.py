@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
-
 from fastalign_kernels.head.token_stats import LogitForm
+from torch import Tensor, nn
 
 SCALES = {  # field -> power of its value that multiplies the logits
     "logit_scale": 1,  # Cohere
@@ -21,11 +20,11 @@ SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap
 NO_CAP = 2.0**40  # cap * tanh(x / cap) is x to the last bit here; None is not understood by all models
 
 
-def _powers(model: nn.Module) -> dict[str, int]:
+def _powers(model: Any) -> dict[str, int]:
     return SCALES | SCALES_OF.get(getattr(model.config, "model_type", ""), {})
 
 
-def _owners(model: nn.Module) -> list[Any]:
+def _owners(model: Any) -> list[Any]:
     """The objects whose fields the forward of a causal model reads."""
     inner = getattr(model, getattr(model, "base_model_prefix", ""), None)
     owners = [model, inner, model.config, model.config.get_text_config()]
@@ -33,7 +32,7 @@ def _owners(model: nn.Module) -> list[Any]:
 
 
 def _number(owner: Any, name: str) -> float | None:
-    value = getattr(owner, name, None)
+    value: Any = getattr(owner, name, None)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if isinstance(value, Tensor) and isinstance(owner, nn.Module):
         raise ValueError(
@@ -42,7 +41,7 @@ def _number(owner: Any, name: str) -> float | None:
     return value if is_number else None
 
 
-def read_logit_form(model: nn.Module) -> LogitForm:
+def read_logit_form(model: Any) -> LogitForm:
     """The scale and soft-cap that `model` (a causal model of Transformers) applies after its head."""
     scale, softcap = 1.0, None
     for name, power in _powers(model).items():
@@ -56,7 +55,7 @@ def read_logit_form(model: nn.Module) -> LogitForm:
 
 
 @contextmanager
-def head_output_kept(model: nn.Module) -> Iterator[None]:
+def head_output_kept(model: Any) -> Iterator[None]:
     """Inside, `model` returns what its head returns: scale 1 and no soft-cap. Not for two threads at one model."""
     changed: list[tuple[Any, str, float]] = []
     neutral = {name: 1.0 for name, power in _powers(model).items() if power} | dict.fromkeys(SOFTCAPS, NO_CAP)

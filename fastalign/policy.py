@@ -6,29 +6,29 @@ leaves through its output; the output embedding answers with the result where it
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
 from fastalign_kernels.attention import Segments
 from fastalign_kernels.head.token_stats import OUTPUTS, LogitForm, TokenStats
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from . import flat_attention
 from .data.batch import TokenBatch
 from .logit_form import head_output_kept, read_logit_form
+from .policy_check import flat_error, head_error, is_whole, quiet
 from .scoring_head import ScoringRequest, attach_heads, scoring, unpack_stats, with_temperature
 
 logger = logging.getLogger(__name__)
 
 PACKABLE_LAYERS = {"full_attention", "sliding_attention", "attention"}
-CHECK_LENGTHS = (7, 5)  # tokens of the two segments of the check
-CHECK_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.2}  # nats
 
 
 @dataclass(frozen=True)
@@ -52,15 +52,22 @@ class PolicyOutput:
 
 def unwrap(model: nn.Module) -> Any:
     """The model of Transformers inside DDP, torch.compile, DeepSpeed and PEFT wrappers."""
+    *_, base = _wrapping(model)
+    return base
+
+
+def _wrapping(model: Any) -> Iterator[Any]:
+    """`model` and what it wraps, from outside to inside."""
     while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod  # pyright: ignore[reportAssignmentType]
-        elif hasattr(model, "get_base_model"):
-            model = model.get_base_model()  # pyright: ignore[reportCallIssue]
-        elif isinstance(getattr(model, "module", None), nn.Module) and not hasattr(model, "get_output_embeddings"):
-            model = model.module  # pyright: ignore[reportAssignmentType]
+        yield model
+        if "_orig_mod" in model.__dict__.get("_modules", {}):
+            model = model._orig_mod
+        elif hasattr(model, "get_base_model") and not isinstance(model, PreTrainedModel):
+            model = model.get_base_model()
+        elif "module" in model.__dict__.get("_modules", {}) and not isinstance(model, PreTrainedModel):
+            model = model.module
         else:
-            return model
+            return
 
 
 def prepare_policy(model: nn.Module, *, allow_flat: bool = True, check: bool = True) -> PolicyInfo:
@@ -80,22 +87,33 @@ def prepare_policy(model: nn.Module, *, allow_flat: bool = True, check: bool = T
         return info
     form = read_logit_form(base)
     obstacle = "flat batches were not asked for" if not allow_flat else _obstacle(model, base)
-    check = check and _is_whole(base)
+    check = check and is_whole(base)
     if check:
         _remember(base, PolicyInfo(False, "", form, None))
-        with _quiet(model):
-            _check_head(model, base)
+        with quiet(model):
+            error = head_error(base, *_probes(model))
+        if error is not None:
+            del base.__dict__["_fastalign_policy"]
+            raise ValueError(
+                f"{type(base).__name__} does something to its logits after the head that is not known here: {error} "
+                f"with scale={form.scale}, softcap={form.softcap} read from its config. Add the field to "
+                "fastalign/logit_form.py."
+            )
     if obstacle is not None:
         return _set_padded(base, form, obstacle)
     name = flat_attention.select_flat_attention(base)
     info = _remember(base, PolicyInfo(True, "attention over segments", form, name))
     if check:
-        with _quiet(model):
-            obstacle = _check_flat(model, base)
+        with quiet(model):
+            obstacle = flat_error(base, *_probes(model))
         if obstacle is not None:
             return _set_padded(base, form, obstacle)
     _warn_of_softcap(base, name)
     return info
+
+
+def _probes(model: nn.Module) -> tuple[Callable[[TokenBatch], Tensor], Callable[[TokenBatch], Tensor]]:
+    return lambda batch: token_stats(model, batch).stats.logp, lambda batch: logits_forward(model, batch).logits
 
 
 def policy_info(model: nn.Module) -> PolicyInfo:
@@ -193,7 +211,7 @@ def _segments(base: Any, batch: TokenBatch) -> Segments | None:
 
 
 def _model_inputs(model: nn.Module, base: Any, batch: TokenBatch) -> dict[str, Any]:
-    accepted = inspect.signature(base.forward).parameters
+    accepted = _accepted(type(base))
     inputs: dict[str, Any] = {"input_ids": batch.input_ids if batch.is_padded else batch.input_ids[None]}
     if batch.is_padded:
         inputs["attention_mask"] = batch.attention_mask
@@ -211,15 +229,13 @@ def _has_images(base: Any) -> bool:
 
 def _has_soft_prompt(model: nn.Module) -> bool:
     """PEFT's prompt, prefix or p-tuning is active on `model`, which may be wrapped."""
-    while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod  # pyright: ignore[reportAssignmentType]
-        elif hasattr(model, "active_peft_config"):
-            return bool(model.active_peft_config.is_prompt_learning)  # pyright: ignore
-        elif isinstance(getattr(model, "module", None), nn.Module):
-            model = model.module  # pyright: ignore[reportAssignmentType]
-        else:
-            return False
+    adapted = next((m for m in _wrapping(model) if hasattr(m, "active_peft_config")), None)
+    return adapted is not None and bool(adapted.active_peft_config.is_prompt_learning)
+
+
+@functools.cache
+def _accepted(cls: type) -> frozenset[str]:
+    return frozenset(inspect.signature(cls.forward).parameters)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _obstacle(model: nn.Module, base: Any) -> str | None:
@@ -238,7 +254,7 @@ def _obstacle(model: nn.Module, base: Any) -> str | None:
         return "it mixes text with images"
     if _has_soft_prompt(model):
         return "soft prompts stand before each row"
-    if "position_ids" not in inspect.signature(base.forward).parameters:
+    if "position_ids" not in _accepted(type(base)):
         return "it takes no position ids"
     return None
 
@@ -262,89 +278,3 @@ def _warn_of_softcap(base: Any, name: str) -> None:
             type(base).__name__,
             base.config.attn_logit_softcapping,
         )
-
-
-def _is_whole(base: nn.Module) -> bool:
-    """Every weight is here: none on the meta device, sharded by FSDP2 or held back by ZeRO-3."""
-    return not any(p.is_meta or hasattr(p, "device_mesh") or hasattr(p, "ds_id") for p in base.parameters())
-
-
-@contextmanager
-def _quiet(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; training flags and random state are restored."""
-    flags = [(module, module.training) for module in model.modules()]
-    devices = [p.device for p in model.parameters() if p.is_cuda][:1]
-    with torch.no_grad(), torch.random.fork_rng(devices):
-        model.eval()
-        try:
-            yield
-        finally:
-            for module, training in flags:
-                module.training = training
-
-
-def _check_segments(base: Any) -> list[Tensor]:
-    rows = base.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(0, rows, (sum(CHECK_LENGTHS),), generator=torch.Generator().manual_seed(1))
-    return list(ids.to(base.device).split(CHECK_LENGTHS))
-
-
-def _check_batch(segments: list[Tensor]) -> TokenBatch:
-    """A flat batch of `segments` with every token but the first of each scored."""
-    lengths = [len(s) for s in segments]
-    starts = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
-    ids, device = torch.cat(segments), segments[0].device
-    pairs = list(zip(starts, lengths, strict=False))
-    source = torch.cat([torch.arange(a, a + n - 1) for a, n in pairs]).to(device)
-    return TokenBatch(
-        input_ids=ids,
-        position_ids=torch.cat([torch.arange(n) for n in lengths]).to(device),
-        cu_seqlens=torch.tensor(starts, dtype=torch.int32, device=device),
-        source=source,
-        targets=ids[source + 1],
-        row=torch.cat([torch.full((n - 1,), i) for i, n in enumerate(lengths)]).to(device),
-        weight=torch.ones(len(source), device=device),
-        max_seqlen=max(lengths),
-        num_tokens=len(ids),
-    )
-
-
-def _own_logp(model: nn.Module, segment: Tensor) -> tuple[Tensor, float]:
-    """Log-probabilities of `segment` after its first token from ordinary logits, and the largest logit."""
-    logits = model(input_ids=segment[None]).logits[0, -len(segment) :].float()
-    logp = logits[:-1].log_softmax(-1).gather(1, segment[1:, None])[:, 0]
-    return logp, logits.abs().max().item()
-
-
-def _tolerance(base: Any, size: float) -> float:
-    dtype = base.get_input_embeddings().weight.dtype
-    return CHECK_TOLERANCE.get(dtype, 0.2) * max(1.0, size / 10)
-
-
-def _check_head(model: nn.Module, base: Any) -> None:
-    segment = _check_segments(base)[0]
-    expected, size = _own_logp(model, segment)
-    found = token_stats(model, _check_batch([segment])).stats.logp
-    error, tolerance = (found - expected).abs().max().item(), _tolerance(base, size)
-    if not error <= tolerance:
-        form: LogitForm = base.__dict__.pop("_fastalign_policy").form
-        raise ValueError(
-            f"{type(base).__name__} does something to its logits after the head that is not known here: "
-            f"log-probabilities differ by {error:.3g} (allowed {tolerance:.3g}) with scale={form.scale}, "
-            f"softcap={form.softcap} read from its config. Add the field to fastalign/logit_form.py."
-        )
-
-
-def _check_flat(model: nn.Module, base: Any) -> str | None:
-    """Two segments packed against each alone; a description of the failure, or None."""
-    segments = _check_segments(base)
-    expected = [_own_logp(model, segment) for segment in segments]
-    try:
-        found = token_stats(model, _check_batch(segments)).stats.logp
-    except Exception as error:  # whatever a model does with a mask it does not know
-        return f"{type(error).__name__}: {error}"
-    errors = (found - torch.cat([logp for logp, _ in expected])).abs()
-    tolerance = _tolerance(base, max(size for _, size in expected))
-    # in half precision an expert may flip for single tokens: a leak between segments moves most of them
-    error = errors.max().item() if tolerance < 0.01 else errors[CHECK_LENGTHS[0] - 1 :].median().item()
-    return None if error <= tolerance else f"two packed sequences differ from each alone by {error:.3g} nats"

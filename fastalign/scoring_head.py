@@ -11,10 +11,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
 from fastalign_kernels import head as head_ops
 from fastalign_kernels.head.token_stats import LogitForm, TokenStats
+from torch import Tensor, nn
 
 from .flat_attention import flat_batch
 
@@ -54,7 +53,7 @@ class ScoringHead:
     def forward(self, hidden: Tensor, *args, **kwargs) -> Tensor:
         request = _request.get()
         if request is None or id(self) not in request.heads:
-            return super().forward(hidden, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+            return super().forward(hidden, *args, **kwargs)  # pyright: ignore
         return _answer(self, request, hidden)
 
     def __reduce_ex__(self, protocol):
@@ -68,11 +67,11 @@ def _scoring_class(cls: type) -> type:
 
 
 def _new_scoring_module(cls: type) -> nn.Module:
-    scoring_class = _scoring_class(cls)
+    scoring_class: Any = _scoring_class(cls)
     return scoring_class.__new__(scoring_class)
 
 
-def attach_heads(model: nn.Module) -> frozenset[int]:
+def attach_heads(model: Any) -> frozenset[int]:
     """Swap the class of the output embedding of `model`; the ids of the modules that answer. Idempotent and cheap.
 
     Raises ValueError where the model has no output embedding, or an adapter on it that is not additive.
@@ -143,7 +142,7 @@ def with_temperature(form: LogitForm, temperature: float | Tensor) -> LogitForm:
     return replace(form, temperature=temperature)
 
 
-def _operands(module: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+def _operands(module: Any, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """(N, D'), (V, D') and (V,) whose product and sum are the logits of `module` at `rows` (N, D)."""
     if _is_peft(module, "lora"):
         return _lora_operands(module, rows)
@@ -154,7 +153,7 @@ def _operands(module: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor, Tensor |
     return rows, _plain_weight(module), getattr(module, "bias", None)
 
 
-def _plain_weight(module: nn.Module) -> Tensor:
+def _plain_weight(module: Any) -> Tensor:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         raise ValueError(f"the head {type(module).__name__} has no weight; keep lm_head out of quantisation.")

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-
 from fastalign_kernels.attention import Segments, choose_backend, packed_attention, packed_attention_reference
 from fastalign_kernels.attention import device as device_backends
 from fastalign_kernels.attention.segments import SMALL_PIECE, band
+from torch.utils._python_dispatch import TorchDispatchMode
 
 RAGGED = [1, 40, 3, 150, 1, 0, 77, 20, 20, 70, 1]
 FEATURES = {

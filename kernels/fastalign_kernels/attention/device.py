@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,13 +83,14 @@ def varlen_attention(q, k, v, segments: Segments, *, scale, causal, window) -> T
 
     cu, longest = segments.cu_seqlens, segments.max_seqlen
     reach = (-1 if window is None else window - 1, 0 if causal else -1)
-    grouped = {}
+    grouped: dict[str, Any] = {}
     if q.shape[1] != k.shape[1]:
         if "enable_gqa" in _varlen_parameters():
             grouped = {"enable_gqa": True}
         else:
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    return varlen_attn(q, k, v, cu, cu, longest, longest, scale=scale, window_size=reach, **grouped)
+    attend: Any = varlen_attn
+    return attend(q, k, v, cu, cu, longest, longest, scale=scale, window_size=reach, **grouped)
 
 
 @functools.cache
@@ -111,7 +113,7 @@ def flex_attention(q, k, v, segments: Segments, *, scale, causal, window, softca
     from torch.nn.attention.flex_attention import AuxRequest
     from torch.nn.attention.flex_attention import flex_attention as plain
 
-    attend = _compiled_flex() if q.is_cuda else plain
+    attend: Any = _compiled_flex() if q.is_cuda else plain
     mask = segments.block_mask(q.shape[0], causal, window)
     out, aux = attend(
         *(x.transpose(0, 1)[None] for x in (q, k, v)),

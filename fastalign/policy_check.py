@@ -1,0 +1,112 @@
+"""A few random tokens through a model: does its head say what its logits say, do packed sequences stay apart?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .data.batch import TokenBatch
+
+LENGTHS = (7, 5)  # tokens of the two segments
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 3e-4, torch.float16: 0.03, torch.bfloat16: 0.2}  # nats, logits to 10
+ROUNDING = {torch.float64: 1e-9, torch.float32: 3e-5, torch.float16: 3e-3, torch.bfloat16: 0.02}  # never called a leak
+SHARE_OF_LEAK = 0.1  # packed segments may differ from each alone by this share of what no isolation at all would do
+Score = Callable[[TokenBatch], Tensor]  # logp (N,) of the scored tokens
+Logits = Callable[[TokenBatch], Tensor]  # ordinary logits (1, T, V)
+
+
+def is_whole(model: nn.Module) -> bool:
+    """Every weight is here: none on the meta device, sharded by FSDP2 or held back by ZeRO-3."""
+    return not any(p.is_meta or hasattr(p, "device_mesh") or hasattr(p, "ds_id") for p in model.parameters())
+
+
+@contextmanager
+def quiet(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; training flags and random state are restored."""
+    flags = [(module, module.training) for module in model.modules()]
+    devices = [p.device for p in model.parameters() if p.is_cuda][:1]
+    with torch.no_grad(), torch.random.fork_rng(devices):
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, training in flags:
+                module.training = training
+
+
+def head_error(base: Any, score: Score, logits: Logits) -> str | None:
+    """How far `score` is from the model's ordinary logits on one sequence; None where they agree."""
+    segment = _segments(base)[0]
+    expected, size = _own_logp(logits, segment)
+    error, tolerance = (score(_batch([segment])) - expected).abs().max().item(), _limit(base, size, TOLERANCE)
+    return None if error <= tolerance else f"log-probabilities differ by {error:.3g} (allowed {tolerance:.3g})"
+
+
+def flat_error(base: Any, score: Score, logits: Logits) -> str | None:
+    """How far two packed segments are from each alone; None where they agree.
+
+    The limit is a share of what a full leak does to this model, so that it also holds for weights near their start.
+    """
+    first, second = _segments(base)
+    alone, size = zip(*(_own_logp(logits, segment) for segment in (first, second)), strict=True)
+    joined, _ = _own_logp(logits, torch.cat([first, second]))
+    try:
+        found = score(_batch([first, second]))
+    except Exception as error:  # whatever a model does with a mask it does not know
+        return f"{type(error).__name__}: {error}"
+    half = base.get_input_embeddings().weight.dtype.itemsize < 4
+    # in half precision an expert may flip for single tokens: a leak between segments moves most of them
+    worst = torch.median if half else torch.max
+    leak = worst((joined[-len(alone[1]) :] - alone[1]).abs()).item()
+    error = worst((found[-len(alone[1]) :] - alone[1]).abs()).item()
+    if not half:
+        error = max(error, (found[: len(alone[0])] - alone[0]).abs().max().item())
+    limit = min(_limit(base, max(size), TOLERANCE), SHARE_OF_LEAK * leak)
+    limit = max(limit, _limit(base, max(size), ROUNDING))
+    return None if error <= limit else f"two packed sequences differ from each alone by {error:.3g} nats"
+
+
+def _segments(base: Any) -> list[Tensor]:
+    rows = base.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(0, rows, (sum(LENGTHS),), generator=torch.Generator().manual_seed(1))
+    return list(ids.to(base.device).split(LENGTHS))
+
+
+def _batch(segments: list[Tensor]) -> TokenBatch:
+    """A flat batch of `segments` with every token but the first of each scored."""
+    lengths = [len(s) for s in segments]
+    starts = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+    ids, device = torch.cat(segments), segments[0].device
+    pairs = list(zip(starts, lengths, strict=False))
+    source = torch.cat([torch.arange(a, a + n - 1) for a, n in pairs]).to(device)
+    return TokenBatch(
+        input_ids=ids,
+        position_ids=torch.cat([torch.arange(n) for n in lengths]).to(device),
+        cu_seqlens=torch.tensor(starts, dtype=torch.int32, device=device),
+        source=source,
+        targets=ids[source + 1],
+        row=torch.cat([torch.full((n - 1,), i) for i, n in enumerate(lengths)]).to(device),
+        weight=torch.ones(len(source), device=device),
+        max_seqlen=max(lengths),
+        num_tokens=len(ids),
+    )
+
+
+def _own_logp(logits: Logits, segment: Tensor) -> tuple[Tensor, float]:
+    """Log-probabilities of `segment` after its first token from ordinary logits, and the largest logit."""
+    found = logits(_batch([segment]))[0, -len(segment) :]  # a soft prompt stands before it
+    found = found.to(torch.promote_types(found.dtype, torch.float32))
+    logp = found[:-1].log_softmax(-1).gather(1, segment[1:, None])[:, 0]
+    return logp, found.abs().max().item()
+
+
+def _limit(base: Any, size: float, limits: dict[torch.dtype, float]) -> float:
+    weight = base.get_input_embeddings().weight
+    limit = limits.get(weight.dtype, limits[torch.bfloat16])
+    if weight.is_cuda:
+        limit = max(limit, limits[torch.float16])  # fp32 may be multiplied in TF32
+    return limit * max(1.0, size / 10)
