@@ -122,7 +122,7 @@ def test_token_batches_read_from_arrow_equal_dictionaries(tmp_path):
     ours.train(), theirs.train()
     assert_same_values(ours, theirs, ("loss", "grad_norm", "learning_rate", "epoch", "train_loss"))
     total = sum(len(row) for row in tiny_rows()["input_ids"])
-    assert [entry["num_tokens"] for entry in history(ours)][-2] == 2 * total
+    assert history(ours)[-2]["num_tokens"] == 2 * total
     assert "num_tokens" not in history(ours)[-1]  # nothing was left to log
 
 

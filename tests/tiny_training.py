@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from fastalign.config import AlignConfig
 from fastalign.loop import Trainer
 
-SPEED = ("runtime", "per_second")  # parts of keys that differ from run to run
+SPEED = ("runtime", "per_second", "preparation_time")  # parts of keys that differ from run to run
 SETTINGS = {
     "per_device_train_batch_size": 3,
     "gradient_accumulation_steps": 2,

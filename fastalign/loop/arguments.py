@@ -75,6 +75,8 @@ def check_arguments(args) -> None:
     if args.train_sampling_strategy not in SAMPLING:
         raise ValueError(f"train_sampling_strategy={args.train_sampling_strategy!r}; allowed: {', '.join(SAMPLING)}.")
     _check_accelerator_config(args.accelerator_config)
+    if args.fp16 and args.device.type == "cpu":
+        raise ValueError("fp16=True needs a GPU: on the CPU set bf16=True, or neither for fp32.")
     if args.n_gpu > 1:
         raise ValueError(
             f"{args.n_gpu} GPUs are visible to one process, which would mean nn.DataParallel. Start one process for "

@@ -101,6 +101,8 @@ def evaluation_loop(trainer, loader, loss_only: bool | None, ignore_keys, prefix
     metrics = kept.metrics()
     if has_loss:
         metrics["loss"] = total / max(examples, 1.0)
+    if hasattr(trainer, "model_preparation_time"):
+        metrics["model_preparation_time"] = trainer.model_preparation_time
     metrics |= {name: value for name, value in trainer.metrics.collect().items() if name not in metrics}
     trainer.metrics.training = was_training
     metrics = {k if k.startswith(f"{prefix}_") else f"{prefix}_{k}": v for k, v in metrics.items()}
@@ -113,10 +115,12 @@ def evaluation_loop(trainer, loader, loss_only: bool | None, ignore_keys, prefix
 def _ready_for_evaluation(trainer):
     args, accelerator = trainer.args, trainer.accelerator
     if not accelerator._models and trainer.model_wrapped is trainer.model:
+        start = time.time()
         if is_fsdp(accelerator):
             prepare_model(trainer)
         else:
             trainer.model_wrapped = accelerator.prepare_model(trainer.model, evaluation_mode=True)
+        trainer.model_preparation_time = round(time.time() - start, 4)
     model = trainer.model_wrapped
     if not trainer.is_in_train and (args.fp16_full_eval or args.bf16_full_eval):
         model = model.to(dtype=torch.float16 if args.fp16_full_eval else torch.bfloat16, device=args.device)
