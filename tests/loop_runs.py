@@ -38,7 +38,7 @@ def rows(count: int = 24, seed: int = 0) -> Dataset:
 
 
 def trainer(
-    output_dir, *, family="llama", model=None, model_kwargs=None, peft=False, data=None, **args
+    output_dir, *, family="llama", model=None, model_kwargs=None, peft=False, lora_dropout=0.1, data=None, **args
 ) -> TokenTrainer:
     """A small trainer on the CPU in fp32; `args` are fields of AlignConfig."""
     model = tiny_model(family, **(model_kwargs or {})) if model is None else model
@@ -47,7 +47,7 @@ def trainer(
 
         torch.manual_seed(7)
         model = get_peft_model(
-            model, LoraConfig(r=2, lora_alpha=4, lora_dropout=0.1, target_modules=["q_proj", "v_proj"])
+            model, LoraConfig(r=2, lora_alpha=4, lora_dropout=lora_dropout, target_modules=["q_proj", "v_proj"])
         )
     defaults = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 1e-2}
     defaults |= {"max_steps": 8, "save_steps": 1, "logging_steps": 1, "report_to": "none", "disable_tqdm": True}

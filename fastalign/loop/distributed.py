@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import (
     DataLoaderConfiguration,
     DistributedDataParallelKwargs,
@@ -44,9 +45,13 @@ def make_accelerator(args) -> Accelerator:
     }
     if args.fsdp_plugin_args is not None:
         kwargs["fsdp_plugin"] = FullyShardedDataParallelPlugin(**args.fsdp_plugin_args)
+    elif os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        kwargs["fsdp_plugin"] = FullyShardedDataParallelPlugin()  # reads what `accelerate launch` was told
     if args.parallelism_config is not None:
         kwargs["parallelism_config"] = args.parallelism_config
     accelerator = Accelerator(**kwargs)
+    if accelerator.distributed_type == DistributedType.MULTI_CPU and "fsdp_plugin" in kwargs:
+        _shard_on_cpu(accelerator, kwargs["fsdp_plugin"])
     _check(args, accelerator)
     if (
         accelerator.distributed_type == DistributedType.DEEPSPEED
@@ -68,6 +73,15 @@ def _ddp_settings(args) -> DistributedDataParallelKwargs:
         if (value := getattr(args, f"ddp_{name}", None)) is not None:
             options[name] = value
     return DistributedDataParallelKwargs(**options)
+
+
+def _shard_on_cpu(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:
+    """Switch FSDP on: Accelerate ignores the plugin where all ranks are on the CPU."""
+    if accelerator.mixed_precision != "no":
+        plugin.set_mixed_precision(accelerator.mixed_precision)
+    accelerator.state.fsdp_plugin = plugin
+    accelerator.state.distributed_type = DistributedType.FSDP
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
 
 def _check(args, accelerator: Accelerator) -> None:

@@ -1,0 +1,36 @@
+"""What two ranks do in the tests of distributed training; started by `accelerate launch rank_runs.py FOLDER RUNS`."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from loop_runs import history, trainer
+
+# Adam divides by the size of the gradient: with a larger epsilon, rounding stays rounding
+COMMON = {"max_steps": 4, "max_grad_norm": 0.5, "adam_epsilon": 1e-3}
+CASES = {
+    "llama": COMMON,
+    "tied": COMMON | {"family": "qwen2"},
+    "adapter": COMMON | {"peft": True, "lora_dropout": 0.0},
+}
+
+
+def train(folder: Path, name: str, accumulation: int, resume: str | None = None) -> None:
+    """Four steps with a checkpoint after each; log, checkpoints and saved model end up in `folder`.
+
+    Two ranks see the same global batch as one process with twice the accumulation.
+    """
+    made = trainer(folder, **CASES[name], gradient_accumulation_steps=accumulation)
+    made.train(resume_from_checkpoint=resume)
+    made.save_model(str(folder / "final"))
+    if made.is_world_process_zero():
+        kind = f"{made.accelerator.distributed_type.name} {type(made.model_wrapped).__name__} {made.world}"
+        (folder / "log.json").write_text(json.dumps({"history": history(made.state), "kind": kind}))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    root = Path(sys.argv[1])
+    for spec in json.loads(sys.argv[2]):
+        train(root / spec.pop("folder"), **spec)
