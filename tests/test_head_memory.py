@@ -67,9 +67,9 @@ def test_chunks_cover_all_tokens():
 
 def test_chunk_size_on_cpu():
     cpu = torch.device("cpu")
-    assert chunk_size(32000, 4, cpu) == 1024  # 125 MiB
+    assert chunk_size(32000, 4, cpu) == 512 and chunk_size(32000, 2, cpu) == 1024  # 62.5 MiB
     assert chunk_size(128256, 4, cpu) == chunk_size(262144, 4, cpu) == 256
-    assert chunk_size(128256, 2, cpu) == 512
+    assert chunk_size(128256, 2, cpu) == 256 and chunk_size(100, 4, cpu) == 1024
 
 
 def test_standalone_import():

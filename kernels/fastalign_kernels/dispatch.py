@@ -27,7 +27,7 @@ def native_module() -> ModuleType | None:
 
 @functools.cache
 def _say_once(message: str) -> None:
-    logger.info(message)
+    logger.warning(message)
 
 
 def backend(device: torch.device, dtype: torch.dtype) -> str:
