@@ -298,7 +298,9 @@ def test_prompts_are_encoded_once_for_any_number_of_completions(monkeypatch):
     characters = []
     own = encode.Encoder.texts
     monkeypatch.setattr(
-        encode.Encoder, "texts", lambda self, texts, *a: characters.extend(map(len, texts)) or own(self, texts, *a)
+        encode.Encoder,
+        "texts",
+        lambda self, texts, **k: characters.extend(map(len, texts)) or own(self, texts, **k),
     )
     encoder.completions(prompts, [chosen, rejected])
     apply = lambda messages, **more: tokenizer.apply_chat_template(messages, tokenize=False, **more)  # noqa: E731

@@ -9,12 +9,12 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from .chat import shared_start
 from .formats import prepare_multimodal_messages
 from .masks import assistant_mask, common_prefix_length
 
@@ -29,7 +29,7 @@ _NOT_FOR_ROWS = {"tokenize", "return_dict", "add_generation_prompt", "continue_f
     "max_length",
     "tokenizer_kwargs",
 }
-_CHECKED_ROWS = 8  # rows on which the split encoding is held against the direct one before it is trusted
+_CHECKED_ROWS = 8  # rows on which the piecewise encoding is held against the direct one before it is trusted
 
 
 @dataclass
@@ -54,8 +54,8 @@ class Encoder:
         self.chat_template = chat_template
         self.is_fast = _is_plain_fast(processing_class)
         self._warned = False
-        self._last_separator: re.Pattern | None = None
-        self._split_is_checked = False
+        self._cut: tuple[re.Pattern, dict[str, list[int]]] | tuple[()] | None = None  # None: not looked for yet
+        self._cut_is_checked = False
         if not self.is_fast:
             logger.info("%s is encoded row by row: it has its own way.", type(processing_class).__name__)
 
@@ -93,7 +93,7 @@ class Encoder:
             return self._one_by_one(conversations, settings, generation_prompt, marks)
         texts, spans = self.render(conversations, settings, generation_prompt, marks)
         if not marks:
-            return self.texts(texts, special_tokens=False), None
+            return self._rendered(texts), None
         encodings = self._backend().encode_batch(texts, add_special_tokens=False)
         masks = [assistant_mask(encoding, found) for encoding, found in zip(encodings, spans, strict=True)]
         return [encoding.ids for encoding in encodings], masks
@@ -170,49 +170,46 @@ class Encoder:
             pairs = [self.conversations(column, settings, marks=marks) for column in wholes]
             ids, masks = [pair[0] for pair in pairs], [pair[1] for pair in pairs] if marks else None
         else:
-            rendered = self.render(prompts, settings, generation_prompt=True)[0]
-            prompt_ids, ids = self._split(rendered, [self.render(column, settings)[0] for column in wholes])
+            texts = self.render(prompts, settings, generation_prompt=True)[0]
+            for column in wholes:
+                texts += self.render(column, settings)[0]
+            encoded, rows = self._rendered(texts), len(prompts)
+            prompt_ids, *ids = (encoded[i : i + rows] for i in range(0, len(encoded), rows))
         lengths = [[*map(common_prefix_length, prompt_ids, column)] for column in ids]
         self._warn_of_seams(prompt_ids, lengths)
         return Completions(prompt_ids, ids, lengths, masks)  # type: ignore[arg-type]
 
-    def _split(self, prompts: list[str], wholes: list[list[str]]) -> tuple[Ids, list[Ids]]:
-        """Ids of the rendered prompts and wholes, encoding what they share once.
+    def _rendered(self, texts: list[str]) -> Ids:
+        """Ids of rendered conversations; a piece that occurs again (a prompt, a system text, tools) is encoded once.
 
         A special token that takes no whitespace along cuts a text for the tokenizer: what stands before and behind it
-        is encoded apart. So prompt and wholes share everything up to the last such token they have in common.
+        is encoded apart. So the texts are cut at such tokens, and equal pieces share their ids.
         """
-        if not self._split_is_checked and self._last_separator is None:
-            self._last_separator = self._separators(prompts)
-        cuts = [0] * len(prompts)
-        if self._last_separator is not None:
-            for row, prompt in enumerate(prompts):
-                found = self._last_separator.match(shared_start(prompt, *(column[row] for column in wholes)))
-                cuts[row] = found.end() if found else 0
-        heads = self.texts([text[:cut] for text, cut in zip(prompts, cuts, strict=True)], False)
-        ends = [text[cut:] for text, cut in zip(prompts, cuts, strict=True)]
-        known = dict(zip(unique := [*dict.fromkeys(ends)], self.texts(unique, False), strict=True))
-        prompt_ids = [head + known[end] for head, end in zip(heads, ends, strict=True)]
-        ids = []
-        for column in wholes:
-            tails = self.texts([text[cut:] for text, cut in zip(column, cuts, strict=True)], False)
-            ids.append([head + tail for head, tail in zip(heads, tails, strict=True)])
-        if self._last_separator is not None and not self._split_is_checked:
-            self._split_is_checked = True
-            some = slice(_CHECKED_ROWS)
-            if [self.texts(t[some], False) for t in (prompts, *wholes)] != [t[some] for t in (prompt_ids, *ids)]:
+        if self._cut is None:
+            self._cut = self._find_cut(texts)
+        if not self._cut:
+            return self.texts(texts, special_tokens=False)
+        pattern, token_ids = self._cut
+        pieces = [pattern.split(text) for text in texts]
+        unique = [*dict.fromkeys(chain.from_iterable(row[::2] for row in pieces))]
+        known = dict(zip(unique, self.texts(unique, special_tokens=False), strict=True)) | token_ids
+        ids = [[*chain.from_iterable(map(known.__getitem__, row))] for row in pieces]
+        if not self._cut_is_checked:
+            self._cut_is_checked = True
+            if self.texts(texts[:_CHECKED_ROWS], special_tokens=False) != ids[:_CHECKED_ROWS]:
                 logger.info(
-                    "The tokenizer does not encode the parts of a text on their own; prompts are encoded anew."
+                    "The tokenizer does not encode the pieces of a text on their own; texts are encoded whole."
                 )
-                self._last_separator = None
-                return self._split(prompts, wholes)
-        return prompt_ids, ids
+                self._cut = ()
+                return self.texts(texts, special_tokens=False)
+        return ids
 
-    def _separators(self, texts: list[str]) -> re.Pattern | None:
-        """Pattern that reaches to the last token that cuts a text in two; None where `texts` hold no such token.
+    def _find_cut(self, texts: list[str]) -> tuple[re.Pattern, dict[str, list[int]]] | tuple[()]:
+        """Pattern of the tokens that cut a text in two, and their ids; empty where `texts` hold no such token.
 
         Such a token takes no whitespace along, lies in no other added token, and no other one can end inside it.
         """
+        backend = self._backend()
         tokens = self.processing_class.added_tokens_decoder.values()
         every = [token.content for token in tokens]
         endings = {text[i:] for text in every for i in range(1, len(text))}
@@ -225,10 +222,11 @@ class Encoder:
             and blob.count(text) == 1
             and not any(text[:i] in endings for i in range(1, len(text)))
         ]
-        first_is_special = "prepend_scheme=first" in repr(self.processing_class.backend_tokenizer.pre_tokenizer)
-        if not cutting or first_is_special or self.processing_class.split_special_tokens:
-            return None
-        return re.compile("(?s:.*)(?:" + "|".join(map(re.escape, cutting)) + ")")
+        first_is_special = "prepend_scheme=first" in repr(backend.pre_tokenizer)
+        if not cutting or first_is_special or backend.encode_special_tokens:
+            return ()
+        pattern = re.compile("(" + "|".join(map(re.escape, cutting)) + ")")
+        return pattern, {text: [backend.token_to_id(text)] for text in cutting}
 
     def _warn_of_seams(self, prompt_ids: Ids, lengths: list[list[int]]) -> None:
         if self._warned:
