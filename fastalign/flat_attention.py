@@ -111,7 +111,7 @@ def _attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Packed attention where the mask is a `FlatMask`, else the original implementation."""
     if isinstance(attention_mask, FlatMask):
-        return _packed(module, query, key, value, attention_mask, original, **kwargs), None
+        return _packed(module, query, key, value, attention_mask, original, **kwargs), None  # pyright: ignore
     if _segments.get() is not None:
         raise ValueError(f"{type(module).__name__} does not use the mask that its model made")
     if "flash" not in original:

@@ -33,12 +33,11 @@ def _owners(model: Any) -> list[Any]:
 
 def _number(owner: Any, name: str) -> float | None:
     value: Any = getattr(owner, name, None)
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if isinstance(value, Tensor) and isinstance(owner, nn.Module):
         raise ValueError(
             f"{type(owner).__name__}.{name} is a tensor; only a fixed number after the head is supported."
         )
-    return value if is_number else None
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
 def read_logit_form(model: Any) -> LogitForm:

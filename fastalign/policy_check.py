@@ -71,8 +71,13 @@ def flat_error(base: Any, score: Score, logits: Logits) -> str | None:
 
 
 def _segments(base: Any) -> list[Tensor]:
+    """Random ids, without those that have a meaning to the model (an image token asks for an image)."""
     rows = base.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(0, rows, (sum(LENGTHS),), generator=torch.Generator().manual_seed(1))
+    fields = base.config.to_dict().items()
+    special = [v for k, v in fields if k.endswith(("token_id", "token_index")) and isinstance(v, int)]
+    num_ids = sum(LENGTHS)
+    ids = torch.randint(0, rows, (8 * num_ids,), generator=torch.Generator().manual_seed(1))
+    ids = ids[~torch.isin(ids, torch.tensor(special, dtype=ids.dtype))][:num_ids]
     return list(ids.to(base.device).split(LENGTHS))
 
 
