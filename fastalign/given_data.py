@@ -1,0 +1,152 @@
+"""The base of trainers that learn from a dataset they are given: from constructor arguments to batches and back."""
+
+from __future__ import annotations
+
+from accelerate import PartialState
+from datasets import Dataset, IterableDataset
+from torch import Tensor
+from transformers import TrainingArguments, set_seed
+
+from .adapters import add_adapter
+from .config import AlignConfig
+from .data.batch import TokenBatch
+from .data.dict_batches import BatchAdapter
+from .loop import Trainer
+from .loop.offload import offload_activations
+from .loop.selective import enable_selective_checkpointing
+from .models import LoadedModel, model_name, resolve_model, router_loss_coefficient, set_pad_token
+from .policy import prepare_policy
+
+
+class GivenDataTrainer(Trainer):
+    """Loads the model, prepares the data, chooses the batches; an algorithm adds what is its own.
+
+    Algorithms set `config_class` and override `check` (refuse what does not fit together), `adapt` (tokenizer and
+    template, before adapters), `prepare_dataset`, `make_collator` and `compute_loss`.
+    """
+
+    config_class: type[AlignConfig]
+    _name = ""
+    _tag_names: list[str] = []
+
+    def __init__(
+        self,
+        model,
+        args: AlignConfig | TrainingArguments | None = None,
+        data_collator=None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        quantization_config=None,
+        peft_config=None,
+        **loop_arguments,
+    ):
+        self.args = args = as_config(args, self.config_class, f"{model_name(model).split('/')[-1]}-{self._name}")
+        sample = first_row(train_dataset)
+        if isinstance(train_dataset, IterableDataset):
+            args.accelerator_config.dispatch_batches = False  # batches of ranks differ in length
+        set_seed(args.seed)  # adapters start from random weights
+        self.loaded = loaded = resolve_model(model, args, quantization_config, processing_class)
+        self.has_images = "image" in sample or "images" in sample
+        self.check(sample)
+        self.adapt()
+        add_adapter(loaded, peft_config, args)
+        self.router_coefficient = router_loss_coefficient(loaded.model, args.router_aux_loss_coef)
+        if data_collator is None:
+            set_pad_token(loaded, args.pad_token)
+        if (args.gradient_checkpointing_kwargs or {}).get("selective"):
+            enable_selective_checkpointing(loaded.model)
+        super().__init__(
+            model=loaded.model,
+            args=args,
+            train_dataset=self._prepared(train_dataset, "train", training=True),
+            eval_dataset=self._prepared(eval_dataset, "eval", training=False),
+            processing_class=loaded.processing_class,
+            **loop_arguments,
+        )
+        self.policy = prepare_policy(self.model, allow_flat=not self.has_images)
+        own = data_collator is None
+        self.data_collator = self.make_collator() if own else BatchAdapter(data_collator, flat=self.policy.flat)
+        self.model.add_model_tags(self._tag_names)
+
+    loaded: LoadedModel
+
+    def check(self, sample: dict) -> None:
+        """Raise ValueError where `self.args`, `self.loaded` and a row of the data contradict each other."""
+
+    def adapt(self) -> None:
+        """Change `self.loaded` before adapters are put on (tokens, chat template)."""
+
+    def prepare_dataset(self, dataset, name: str, training: bool):
+        """Raw rows -> the rows that the collator takes; `name` is what progress and errors call the dataset."""
+        raise NotImplementedError
+
+    def make_collator(self):
+        """The collator of this algorithm's batches (`self.policy` says flat or padded)."""
+        raise NotImplementedError
+
+    def _prepared(self, dataset, name: str, training: bool):
+        if dataset is None:
+            return None
+        if isinstance(dataset, dict):
+            return {key: self._prepared(part, key, training) for key, part in dataset.items()}
+        with PartialState().main_process_first():
+            return self.prepare_dataset(dataset, name, training)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Evaluate; a dataset given here is prepared like the one given to the constructor."""
+        if eval_dataset is not None and not isinstance(eval_dataset, (str, dict)):  # the loop takes a dict apart
+            eval_dataset = self._prepared(eval_dataset, metric_key_prefix, training=False)
+        return super().evaluate(eval_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
+
+    def activation_context(self):
+        """Offload activations where asked."""
+        return offload_activations(self.model) if self.args.activation_offloading else super().activation_context()
+
+    # What the losses of algorithms share
+
+    def router_inputs(self) -> dict:
+        """Arguments that make a mixture of experts return its balancing loss, where that is weighted."""
+        return {"output_router_logits": True} if self.router_coefficient else {}
+
+    def over_ranks(self, loss: Tensor, num_items_in_batch) -> Tensor:
+        """`loss` normalised by the tokens of all ranks, times their number, because gradients are averaged."""
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            return loss * self.accelerator.num_processes
+        return loss
+
+    def with_router_loss(self, loss: Tensor, aux_loss: Tensor | None, num_items_in_batch) -> Tensor:
+        """`loss` plus the weighted balancing loss: a mean of each micro-batch, averaged over the step's."""
+        if not self.router_coefficient or aux_loss is None:
+            return loss
+        self.metrics.mean("aux_loss", aux_loss.detach(), 1)
+        steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+        return loss + self.router_coefficient * aux_loss / steps
+
+
+def unshifted_labels(batch: TokenBatch) -> Tensor:
+    """Labels as Transformers' losses expect them: shaped like `input_ids`, unshifted, -100 where not scored."""
+    labels = batch.input_ids.new_full((batch.input_ids.numel(),), -100)
+    labels[batch.source + 1] = batch.targets
+    return labels.view(batch.input_ids.shape if batch.is_padded else (1, -1))
+
+
+def as_config(args, config_class: type[AlignConfig], output_dir: str) -> AlignConfig:
+    """`args` as a `config_class`: the default, itself, or made from plain TrainingArguments."""
+    if args is None:
+        return config_class(output_dir)
+    if isinstance(args, config_class):
+        return args
+    return config_class(**(args.to_dict() | {"hub_token": args.hub_token}))  # to_dict hides the token
+
+
+def first_row(dataset) -> dict:
+    """The first row of a training set; ValueError where it is missing or empty, TypeError where it is no dataset."""
+    if dataset is None:
+        raise ValueError("`train_dataset` is required")
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        raise TypeError(f"`train_dataset` must be a `Dataset` or `IterableDataset`, got `{type(dataset).__name__}`.")
+    row = next(iter(dataset), None)
+    if row is None:
+        raise ValueError("`train_dataset` is empty: there is nothing to train on.")
+    return row
