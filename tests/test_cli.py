@@ -314,3 +314,55 @@ def test_launch_runs_the_command_again_once(monkeypatch, tmp_path):
         ["sft", *arguments],
     )
     assert parsed.num_processes == 2 and parsed.config_file.endswith("fsdp2.yaml") and not launch.was_launched()
+
+
+# A run
+
+
+@pytest.fixture
+def model_folder(tmp_path):
+    """A folder with config.json and tokenizer, but no weights."""
+    from tiny import tiny_model, tiny_tokenizer
+
+    tiny_model("qwen2").config.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_run_from_scratch_can_be_repeated_from_its_file_and_loads(tmp_path, model_folder, capsys):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    data = tmp_path / "rows.jsonl"
+    rows = [{"question": f"{i} plus {i} is", "answer": f" {2 * i}.", "source": "x"} for i in range(24)]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    line = [
+        "--model_name_or_path",
+        str(model_folder),
+        "--from_scratch",
+        "--dataset_name",
+        str(data),
+        "--max_steps",
+        "3",
+    ]
+    line += ["--dataset_columns", "prompt=question,completion=answer", "--logging_steps", "1", "--report_to", "none"]
+    line += ["--learning_rate", "1e-2", "--save_strategy", "no", "--use_cpu", "--bf16", "false", "--output_dir", first]
+    assert main(["sft", *line]) == 0
+    out = capsys.readouterr().out
+    assert f"Model:    {first}" in out and f"fastalign report {first}" in out
+    assert main(["sft", "--config", f"{first}/run.yaml", "--output_dir", second]) == 0
+    losses = []
+    for folder in (first, second):
+        log = json.loads(Path(folder, "trainer_state.json").read_text())["log_history"]
+        losses.append([entry["loss"] for entry in log if "loss" in entry])
+    assert losses[0] == losses[1] and len(losses[0]) == 3 and losses[0][2] < losses[0][0]
+    weights = [AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (first, second)]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    settings = yaml.safe_load(Path(first, "run.yaml").read_text())
+    assert (
+        settings["dataset_columns"] == {"prompt": "question", "completion": "answer"}
+        and settings["from_scratch"] is True
+    )
+    assert main(["report", first, second, "--output", str(tmp_path / "both.html")]) == 0
+    assert (tmp_path / "both.html").read_text().count("data-lines") >= 4

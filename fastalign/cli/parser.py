@@ -41,6 +41,7 @@ class AlignParser(HfArgumentParser):
         super().__init__(types, **({"formatter_class": OptionHelp, "allow_abbrev": False} | kwargs))
         self.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help="YAML file with options.")
         order_groups(self)
+        self._unset = {action.dest: action.default for action in reversed(self._actions)}  # --no_x comes after --x
 
     # Building
 
@@ -108,6 +109,14 @@ class AlignParser(HfArgumentParser):
                 action.required = False
                 used.add(action.dest)
         return [text for name, value in kwargs.items() if name not in used for text in (f"--{name}", str(value))]
+
+    def given(self, namespace: argparse.Namespace) -> dict[str, Any]:
+        """The options of a parsed namespace that differ from the defaults of their dataclass, as plain values."""
+        values = {name: getattr(namespace, name) for name in self._hints if hasattr(namespace, name)}
+        for name, value in values.items():
+            if isinstance(value, list):
+                values[name] = [dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for v in value]
+        return {name: value for name, value in values.items() if value != self._unset[name]}
 
     def unknown_message(self, from_file: list[str], from_command_line: list[str]) -> str:
         """Name each unknown option and the one most like it."""

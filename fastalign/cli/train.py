@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 
-from transformers import AutoConfig, AutoTokenizer, set_seed
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from ..data.load import load_rows, select_columns
 from ..data.mixture import DatasetMixtureConfig, get_dataset
@@ -57,7 +58,7 @@ def run(name: str, config_class: type, trainer_class: type, arguments: list[str]
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 1
     if trainer.is_world_process_zero():
-        write_settings(training_args.output_dir, model_args, script_args, training_args, mixture)
+        write_settings(training_args.output_dir, parser.given(namespace))
     trainer.train(resume_from_checkpoint=_resume_choice(training_args.resume_from_checkpoint))
     _finish(trainer, training_args, script_args)
     return 0
@@ -125,8 +126,10 @@ def model_from_scratch(model_args: ModelConfig, training_args):
     set_seed(training_args.seed)
     config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust)
     options = {"attn_implementation": model_args.attn_implementation} if model_args.attn_implementation else {}
-    dtype = config.dtype if model_args.dtype == "auto" else model_args.dtype
-    model = model_class(config)._from_config(config, dtype=dtype, **options)
+    dtype = (config.dtype or torch.float32) if model_args.dtype == "auto" else getattr(torch, model_args.dtype)
+    kind = model_class(config)
+    make = kind.from_config if kind is AutoModelForCausalLM else kind._from_config
+    model = make(config, dtype=dtype, **options)
     logger.warning(
         f"from_scratch: {type(model).__name__} of {source} starts from random weights "
         f"({model.num_parameters():,} parameters, seed {training_args.seed})."

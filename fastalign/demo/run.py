@@ -8,8 +8,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-NUM_DIGITS, NOISE = 6, 0.3
-STEPS, BATCH = 200, 256
+NUM_DIGITS, NOISE = 6, 0.5
+STEPS, BATCH = 120, 256
 NUM_HELD_OUT, NUM_SHOWN = 512, 24
 
 
@@ -27,43 +27,45 @@ class Stage:
     completions: list[str]
 
 
-def sft_settings(output_dir: str, *, steps: int, seed: int):
-    """The SFTConfig of the demo."""
-    from fastalign import SFTConfig
-
-    return SFTConfig(
-        output_dir=output_dir,
-        max_steps=steps,
-        per_device_train_batch_size=BATCH,
-        per_device_eval_batch_size=BATCH,
-        learning_rate=2e-3,
-        lr_scheduler_type="cosine",
-        warmup_steps=max(steps // 6, 1),
-        adam_beta2=0.95,
-        max_length=64,
-        gradient_checkpointing=False,
-        logging_steps=max(steps // 50, 1),
-        eval_strategy="steps",
-        eval_steps=max(steps // 10, 1),
-        save_strategy="no",
-        report_to="none",
-        seed=seed,
-    )
+def sft_settings(*, steps: int, seed: int) -> dict:
+    """The fields of the demo's SFTConfig."""
+    return {
+        "max_steps": steps,
+        "per_device_train_batch_size": BATCH,
+        "per_device_eval_batch_size": BATCH,
+        "learning_rate": 2e-3,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": max(steps // 6, 1),
+        "adam_beta2": 0.95,
+        "max_length": 64,
+        "gradient_checkpointing": False,
+        "logging_steps": max(steps // 40, 1),
+        "eval_strategy": "steps",
+        "eval_steps": max(steps // 8, 1),
+        "save_strategy": "no",
+        "report_to": "none",
+        "seed": seed,
+    }
 
 
 def sft_trainer(model, tokenizer, tasks, output_dir: str, *, steps: int, seed: int):
     """The trainer that fine-tunes `model` on noisy answers and evaluates it on the right answers of `tasks`."""
     from datasets import Dataset
 
-    from fastalign import SFTTrainer
+    from fastalign import SFTConfig, SFTTrainer
+    from fastalign.loop.progress import TrainingProgress
 
+    from .progress import OneLine
     from .task import noisy_rows, sort_tasks
 
     held_out = frozenset(task.prompt for task in tasks)
     train = Dataset.from_dict(noisy_rows(sort_tasks(steps * BATCH, NUM_DIGITS, seed + 1, held_out), NOISE, seed + 2))
     test = Dataset.from_dict(noisy_rows(tasks, 0.0, seed))
-    settings = sft_settings(output_dir, steps=steps, seed=seed)
-    return SFTTrainer(model, settings, train_dataset=train, eval_dataset=test, processing_class=tokenizer)
+    settings = SFTConfig(output_dir, **sft_settings(steps=steps, seed=seed))
+    trainer = SFTTrainer(model, settings, train_dataset=train, eval_dataset=test, processing_class=tokenizer)
+    trainer.remove_callback(TrainingProgress)
+    trainer.add_callback(OneLine("SFT"))
+    return trainer
 
 
 def measure(name: str, trainer, tokenizer, tasks, seed: int, *, tokens_per_second=None, seconds=0.0) -> Stage:
@@ -103,7 +105,7 @@ def run_demo(output_dir: str, *, seed: int = 0, steps: int = STEPS) -> list[Stag
     )
     trainer.save_model(folder)
     trainer.save_state()
-    write_settings(folder, trainer.args)
+    write_settings(folder, sft_settings(steps=steps, seed=seed))
     write_stages(folder, stages, tasks)
     return stages
 

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 SAMPLES, RESULTS, SETTINGS, STATE = "samples.jsonl", "results.json", "run.yaml", "trainer_state.json"
-NOT_CURVES = {"epoch", "step", "total_flos", "num_tokens", "num_input_tokens_seen"}
+NOT_CURVES = re.compile(
+    r"epoch|step|total_flos|train_.*|(.*_)?(num_tokens|num_input_tokens_seen)|.*_(runtime|per_second)"
+)
 
 
 @dataclass
@@ -33,7 +35,7 @@ class Run:
         found: dict[str, list[tuple[float, float]]] = {}
         for entry in self.log:
             for key, value in entry.items():
-                if key in NOT_CURVES or key.startswith("train_") or not _is_number(value):
+                if NOT_CURVES.fullmatch(key) or not _is_number(value):
                     continue
                 found.setdefault(key, []).append((entry.get("step", 0), value))
         return found

@@ -1,34 +1,22 @@
-"""The settings file of a run: what differs from the defaults, written by commands, read by reports."""
+"""The settings file of a run, written by commands and read by reports."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
-from transformers import TrainingArguments
 
 from .runs import SETTINGS
 
 SECRETS = {"hub_token"}
 
 
-def changed_settings(config) -> dict:
-    """The fields of a config dataclass that differ from its defaults, as plain values (no access tokens)."""
-    if isinstance(config, TrainingArguments):
-        values, defaults = config.to_dict(), type(config)(config.output_dir).to_dict()
-    else:
-        values, defaults = asdict(config), asdict(type(config)())
-    names = {field.name for field in fields(config) if field.init} - SECRETS
-    return {name: value for name, value in values.items() if name in names and value != defaults.get(name)}
-
-
-def write_settings(output_dir: str, *configs) -> Path:
-    """Write `run.yaml` to `output_dir`: `--config run.yaml` repeats the run."""
-    settings = {"output_dir": str(output_dir)}
-    for config in configs:
-        settings |= changed_settings(config)
+def write_settings(output_dir: str, settings: Mapping[str, Any]) -> Path:
+    """Write `run.yaml` to `output_dir`, without access tokens: `--config run.yaml` repeats the run."""
+    kept = {name: value for name, value in settings.items() if name not in SECRETS} | {"output_dir": str(output_dir)}
     path = Path(output_dir, SETTINGS)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(settings, sort_keys=True), encoding="utf-8")
+    path.write_text(yaml.safe_dump(kept, sort_keys=True), encoding="utf-8")
     return path

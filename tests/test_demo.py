@@ -1,0 +1,78 @@
+"""The demo's task, model and evaluation, and a short run of the whole."""
+
+import json
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fastalign.cli.main import main
+from fastalign.demo import run
+from fastalign.demo.evaluate import complete, score
+from fastalign.demo.model import make_model, make_tokenizer
+from fastalign.demo.task import Task, is_right, noisy_rows, sort_tasks
+
+
+def test_tasks_are_sorted_and_held_out():
+    held_out = sort_tasks(50, 2, seed=0)
+    train = sort_tasks(500, 2, seed=1, without=frozenset(task.prompt for task in held_out))
+    assert all(task.answer == "".join(sorted(task.prompt[:-1])) and task.prompt[-1] == "=" for task in train)
+    assert not {task.prompt for task in train} & {task.prompt for task in held_out}
+    assert sort_tasks(50, 2, seed=0) == held_out != sort_tasks(50, 2, seed=2)
+
+
+def test_noise_spoils_its_share_of_the_answers():
+    tasks = sort_tasks(2000, 6, seed=0)
+    for noise, low, high in ((0.0, 0.0, 0.0), (0.5, 0.46, 0.54), (1.0, 0.99, 1.0)):
+        rows = noisy_rows(tasks, noise, seed=1)
+        wrong = sum(text != task.answer for text, task in zip(rows["completion"], tasks, strict=True)) / len(tasks)
+        assert low <= wrong <= high and rows["prompt"] == [task.prompt for task in tasks]
+
+
+def test_tokenizer_gives_texts_back():
+    tokenizer = make_tokenizer()
+    ids = tokenizer("120=012")["input_ids"]
+    assert len(ids) == 7 and tokenizer.decode(ids) == "120=012"
+    assert tokenizer.decode([*ids, tokenizer.eos_token_id], skip_special_tokens=True) == "120=012"
+
+
+def test_batched_greedy_completion_is_that_of_one_prompt_at_a_time():
+    tokenizer = make_tokenizer()
+    model = make_model(tokenizer, seed=3, hidden_size=64)
+    prompts = ["1=", "582=", "99113=", "0="]
+    alone = []
+    for prompt in prompts:
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        start = ids.shape[1]
+        while ids.shape[1] < start + 6 and (ids.shape[1] == start or ids[0, -1] != tokenizer.eos_token_id):
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+        alone.append(tokenizer.decode(ids[0, start:], skip_special_tokens=True))
+    assert complete(model, tokenizer, prompts, max_new_tokens=6, batch_size=3) == alone
+    state = torch.get_rng_state()
+    assert score(model, tokenizer, [Task(prompt, "----") for prompt in prompts], seed=0).greedy == 0  # 4 + 2 tokens
+    tasks = [Task(prompt, text.strip()) for prompt, text in zip(prompts, alone, strict=True)]
+    assert all(map(is_right, tasks, alone)) and not is_right(tasks[0], alone[0][:-1])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_short_demo_learns_and_leaves_a_model_that_loads(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "NUM_DIGITS", 3)
+    monkeypatch.setattr(run, "NOISE", 0.0)
+    monkeypatch.setattr(run, "NUM_HELD_OUT", 64)
+    monkeypatch.setattr(run, "BATCH", 128)
+    assert main(["demo", "--output_dir", str(tmp_path), "--steps", "50"]) == 0
+    out = capsys.readouterr().out
+    results = json.loads((tmp_path / "sft" / "results.json").read_text())
+    rows = {row[0]: row[1:] for row in results["rows"]}
+    before, after = (float(text.rstrip("%")) for text in rows["accuracy, greedy"])
+    assert before <= 5 and after >= 60
+    assert float(rows["held-out loss (nats/token)"][1]) < 0.3 < 2 < float(rows["held-out loss (nats/token)"][0])
+    assert str(tmp_path / "report.html") in out and "accuracy, greedy" in out
+    page = (tmp_path / "report.html").read_text()
+    assert "after SFT" in page and "data-lines" in page
+    samples = [json.loads(line) for line in (tmp_path / "sft" / "samples.jsonl").read_text().splitlines()]
+    assert all(s["correct"] == (s["completion"] == s["expected"]) for s in samples)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "sft")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "sft")
+    shown = [s for s in samples if s["stage"] == "after SFT"]
+    again = complete(model, tokenizer, [s["prompt"] for s in shown], max_new_tokens=4)
+    assert again == [s["completion"] for s in shown]
