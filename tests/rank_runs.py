@@ -1,11 +1,14 @@
 """What two ranks do in the tests of distributed training; started by `accelerate launch rank_runs.py FOLDER RUNS`."""
 
+import errno
 import json
 import sys
 from pathlib import Path
 
 import torch
 from loop_runs import history, trainer
+
+from fastalign.loop.checkpoint import CheckpointError
 
 # Adam divides by the size of the gradient: with a larger epsilon, rounding stays rounding
 COMMON = {"max_steps": 4, "max_grad_norm": 0.5, "adam_epsilon": 1e-3}
@@ -14,6 +17,7 @@ CASES = {
     "tied": COMMON | {"family": "qwen2"},
     "adapter": COMMON | {"peft": True, "lora_dropout": 0.0},
 }
+DROPOUT = {"family": "gpt2", "model_kwargs": {"resid_pdrop": 0.1, "embd_pdrop": 0.1}}
 
 
 def train(folder: Path, name: str, accumulation: int, resume: str | None = None) -> None:
@@ -21,7 +25,7 @@ def train(folder: Path, name: str, accumulation: int, resume: str | None = None)
 
     Two ranks see the same global batch as one process with twice the accumulation.
     """
-    made = trainer(folder, **CASES[name], gradient_accumulation_steps=accumulation)
+    made = trainer(folder, **(CASES | {"dropout": COMMON | DROPOUT})[name], gradient_accumulation_steps=accumulation)
     made.train(resume_from_checkpoint=resume)
     made.save_model(str(folder / "final"))
     if made.is_world_process_zero():
@@ -29,8 +33,27 @@ def train(folder: Path, name: str, accumulation: int, resume: str | None = None)
         (folder / "log.json").write_text(json.dumps({"history": history(made.state), "kind": kind}))
 
 
+def fill_disk(folder: Path) -> None:
+    """The first rank cannot write its second checkpoint: every rank must hear of it, and none may wait for ever."""
+    made = trainer(folder, **COMMON)
+    save = torch.save
+
+    def full(value, file, *args, **kwargs):
+        if isinstance(file, Path) and file.name == "scheduler.pt" and made.state.global_step == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(value, file, *args, **kwargs)
+
+    torch.save = full
+    try:
+        made.train()
+    except CheckpointError as error:
+        (folder / f"error_{made.rank}.txt").write_text(f"{error.errno} {error}")
+    torch.save = save
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     root = Path(sys.argv[1])
     for spec in json.loads(sys.argv[2]):
         train(root / spec.pop("folder"), **spec)
+    fill_disk(root / "full")

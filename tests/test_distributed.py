@@ -1,5 +1,6 @@
 """Two ranks on the CPU (gloo), started as users start them: DDP and FSDP2 do what one process does."""
 
+import errno
 import json
 import os
 import subprocess
@@ -51,6 +52,8 @@ def ranks(request, single, tmp_path_factory):
     runs += [
         {"folder": f"{n}_on", "name": n, "accumulation": 2, "resume": str(single / n / "checkpoint-2")} for n in CASES
     ]
+    runs += [{"folder": "dropout", "name": "dropout", "accumulation": 2}]
+    runs += [runs[-1] | {"folder": "dropout_on", "resume": str(folder / "dropout" / "checkpoint-2")}]
     launch(request.param, folder, runs)
     return request.param, folder
 
@@ -99,6 +102,21 @@ def test_checkpoints_pass_between_one_process_and_ranks(name, ranks, single, tmp
     files = {path.name for path in (folder / name / "checkpoint-2").iterdir()}
     lone = {path.name for path in (single / name / "checkpoint-2").iterdir()}
     assert files - lone == {"rng_state_0.pth", "rng_state_1.pth"} and lone - files == {"rng_state.pth"}
+
+
+def test_resumed_ranks_equal_uninterrupted_ranks(ranks):
+    _, folder = ranks
+    mine, other = final(folder / "dropout_on"), final(folder / "dropout")
+    assert all(torch.equal(mine[key], other[key]) for key in other)
+    assert read(folder / "dropout_on")["history"][:4] == read(folder / "dropout")["history"][:4]
+
+
+def test_full_disk_stops_all_ranks(ranks):
+    _, folder = ranks
+    for rank in range(2):
+        text = (folder / "full" / f"error_{rank}.txt").read_text()
+        assert text.startswith(f"{errno.ENOSPC} ") and "checkpoint-2: the disk is full" in text
+    assert [path.name for path in (folder / "full").glob("*checkpoint-*")] == ["checkpoint-1"]
 
 
 def test_activation_offloading_changes_nothing_on_the_cpu():

@@ -350,8 +350,8 @@ def _gather(value: Any) -> list:
 
 def _raise_together(error: CheckpointError | None) -> None:
     """Raise on every rank if one of them failed, so that none waits for another."""
-    messages = [message for message in _gather(None if error is None else str(error)) if message is not None]
+    failures = [args for args in _gather(None if error is None else error.args) if args is not None]
     if error is not None:
         raise error
-    if messages:
-        raise CheckpointError(messages[0])
+    if failures:
+        raise CheckpointError(*failures[0])

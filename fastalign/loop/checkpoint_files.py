@@ -6,6 +6,7 @@ process may be killed at any moment: what is there afterwards is complete, or is
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -105,7 +106,9 @@ def _write_error(final: Path, aside: Path, error: Exception, details: dict) -> C
     needed = max(written, details.get("bytes", 0))
     free = shutil.disk_usage(existing).free  # with the partly written folder still there
     shutil.rmtree(aside, ignore_errors=True)
-    if free + written < needed or "space left" in str(error) or "os error 28" in str(error):
+    code = getattr(error, "errno", None) or errno.EIO
+    if free + written < needed or code == errno.ENOSPC or "os error 28" in str(error):
+        code = errno.ENOSPC
         reason = (
             f"the disk is full: it needs about {_megabytes(needed)}, and {_megabytes(free + written)} are free in "
             f"{existing}. Free some space (or set save_total_limit or save_only_model)"
@@ -115,7 +118,7 @@ def _write_error(final: Path, aside: Path, error: Exception, details: dict) -> C
     message = (
         f"Could not write {final}: {reason}. {last_good(final.parent)} The training state in memory is untouched."
     )
-    return CheckpointError(getattr(error, "errno", None), message)
+    return CheckpointError(code, message)
 
 
 def _megabytes(num_bytes: int) -> str:
