@@ -99,9 +99,9 @@ class TokenCollator:
         return collate_padded(**columns, **options)
 
 
-def _columns(rows) -> dict:
+def _columns(rows: pa.Table | list[dict]) -> dict:
     """The columns of COLUMNS that `rows` has."""
-    if isinstance(rows, list) and rows and isinstance(rows[0], pa.Table):
+    if not isinstance(rows, pa.Table) and rows and isinstance(rows[0], pa.Table):
         rows = pa.concat_tables(rows)
     if isinstance(rows, pa.Table):
         names = rows.column_names

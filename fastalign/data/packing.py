@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Any
 
 import datasets
 import numpy as np
@@ -22,6 +23,7 @@ from fastalign import _native
 logger = logging.getLogger(__name__)
 
 STRATEGIES = {"bfd": "bfd", "bfd_split": "bfd_split", "bfd-requeue": "bfd_split", "wrapped": "wrapped"}
+AnyDataset = datasets.Dataset | datasets.IterableDataset | datasets.DatasetDict | datasets.IterableDatasetDict
 LARGEST_CAPACITY = 2**24  # tokens; a plan keeps two queues of bins per possible space
 TOKENS_PER_BATCH = 2**21  # of a record batch that is written: bounds the memory of packing
 SEQ_LENGTHS = datasets.List(datasets.Value("int32"))
@@ -85,7 +87,14 @@ def plan_packs(lengths, capacity: int, strategy: str = "bfd", *, seed: int | Non
     return PackPlan(*_native.plan_packs(lengths, int(capacity), strategy, seed), capacity=int(capacity))
 
 
-def pack_dataset(dataset, seq_length: int, strategy: str = "bfd", map_kwargs: dict | None = None, *, seed=None):
+def pack_dataset(
+    dataset: AnyDataset,
+    seq_length: int,
+    strategy: str = "bfd",
+    map_kwargs: dict | None = None,
+    *,
+    seed: int | None = None,
+) -> Any:
     """Pack the rows of a dataset (or of each split) into rows of at most `seq_length` tokens.
 
     Strategies as in `plan_packs`. All columns must be lists that are equally long in each row, and are packed alike;
@@ -98,7 +107,7 @@ def pack_dataset(dataset, seq_length: int, strategy: str = "bfd", map_kwargs: di
     """
     strategy, map_kwargs = _strategy(strategy), dict(map_kwargs or {})
     if isinstance(dataset, (datasets.DatasetDict, datasets.IterableDatasetDict)):
-        packed = {
+        packed: dict[Any, Any] = {
             name: pack_dataset(split, seq_length, strategy, map_kwargs, seed=seed) for name, split in dataset.items()
         }
         return type(dataset)(packed)
