@@ -101,11 +101,12 @@ class TokenCollator:
 
 def _columns(rows: pa.Table | list[dict]) -> dict:
     """The columns of COLUMNS that `rows` has."""
-    if not isinstance(rows, pa.Table) and rows and isinstance(rows[0], pa.Table):
-        rows = pa.concat_tables(rows)
-    if isinstance(rows, pa.Table):
-        names = rows.column_names
-        found = {name: rows.column(name) for name in COLUMNS if name in names}
+    table = rows if isinstance(rows, pa.Table) else None
+    if table is None and rows and isinstance(rows[0], pa.Table):
+        table = pa.concat_tables(rows)
+    if table is not None:
+        names = list(table.column_names)
+        found: dict = {name: table.column(name) for name in COLUMNS if name in names}
     else:
         names = list(dict.fromkeys(name for row in rows for name in row))
         found = {name: [row.get(name) for row in rows] for name in COLUMNS if name in names}
