@@ -32,8 +32,16 @@ OURS = {  # TRL's name of the model's own template -> our family
     "qwen2_5": "qwen2.5",
     "qwen3": "qwen3",
     "qwen3_instruct_2507": "qwen3-instruct-2507",
+    "qwen3_vl": "qwen3-vl",
+    "qwen3_5_think": "qwen3.5",
+    "qwen3_5_nothink": "qwen3.5",
+    "qwen3_6": "qwen3.6",
+    "qwen3_8": "qwen3.8",
+    "lfm2": "lfm2",
+    "lfm2_v2": "lfm2.v2",
 }
-TOOLED = {"deepseekv3", "glm4moe", "gptoss", "qwen2_5", "qwen3", "qwen3_instruct_2507"}
+TOOLED = {"deepseekv3", "glm4moe", "gptoss", "qwen2_5", "qwen3", "qwen3_instruct_2507", "qwen3_vl", "lfm2_v2"}
+TOOLED |= {"qwen3_5_think", "qwen3_5_nothink", "qwen3_6", "qwen3_8"}
 WITHOUT_SYSTEM = {"gemma"}
 GENERATION_MARKS = CHATML.replace(
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}",
@@ -75,7 +83,7 @@ def conversation(rng, name):
             messages.append({"role": "assistant", "content": rng.choice(["", "see"]), "tool_calls": calls})
             messages.append({"role": "tool", "content": "out"})
         messages.append({"role": "assistant", "content": rng.choice(words)})
-        if name == "qwen3" and rng.random() < 0.5:
+        if name in ("qwen3", "qwen3_5_think", "qwen3_6", "qwen3_8") and rng.random() < 0.5:
             messages[-1]["content"] = "<think>\nhm\n</think>\n\n" + messages[-1]["content"]
     return messages
 

@@ -45,11 +45,52 @@ _LLAMA_TURN = (
     "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'+ message['content'] | trim + "
     "'<|eot_id|>' }}"
 )
+_TOOL_TURN = '{%- elif message.role == "tool" %}'
+_LFM_TURN = (
+    '{{- content + "<|im_end|>\\n" -}}',
+    '{%- if message["role"] == "assistant" -%}{%- generation -%}{{- content + "<|im_end|>\\n" -}}{%- endgeneration -%}'
+    '{%- else -%}{{- content + "<|im_end|>\\n" -}}{%- endif -%}',
+)
+
+
+def _qwen_thinking(condition: str) -> tuple[tuple[str, str], ...]:
+    """Qwen 3.5 and later: in training every turn has its <think> block, as in templates/qwen.jinja."""
+    header, block = "{{- '<|im_start|>' + message.role + '\\n' }}", "<think>\\n' + reasoning_content + '\\n</think>"
+    return (
+        ("{%- if " + condition + " %}", header + "{%- generation %}{%- if not as_shipped or " + condition + " %}"),
+        ("{{- '<|im_start|>' + message.role + '\\n" + block, "{{- '" + block),
+        ("{{- '<|im_start|>' + message.role + '\\n' + content }}", "{{- content }}"),
+        (_TOOL_TURN, "{%- endgeneration %}" + _TOOL_TURN),
+    )
+
+
 INSERTIONS = {  # family -> (piece of the model's own template, what takes its place); each piece must occur
     "gptoss": (
         ("{%- if message.role == 'assistant' -%}", "{%- if message.role == 'assistant' -%}{%- generation %}"),
         ("{%- elif message.role == 'tool' -%}", "{%- endgeneration %}{%- elif message.role == 'tool' -%}"),
     ),
+    "qwen3.5": _qwen_thinking("loop.index0 > ns.last_query_index"),
+    "qwen3.6": _qwen_thinking(
+        "(preserve_thinking is defined and preserve_thinking is true) or (loop.index0 > ns.last_query_index)"
+    ),
+    "qwen3.8": _qwen_thinking(
+        "preserve_thinking is undefined or preserve_thinking is true or loop.index0 > ns.last_query_index"
+    ),
+    "qwen3-vl": (
+        (
+            "{{- '<|im_start|>' + message.role + '\\n' }}\n        {%- if message.content is string %}\n            "
+            "{{- message.content }}\n        {%- else %}\n            {%- for content_item",
+            "{{- '<|im_start|>' + message.role + '\\n' }}{%- generation %}{%- if message.content is string %}"
+            "{{- message.content }}{%- else %}{%- for content_item",
+        ),
+        (_TOOL_TURN, "{%- endgeneration %}" + _TOOL_TURN),
+    ),
+    "lfm2.v2": (
+        _LFM_TURN,
+        ('{%- if content and content != "null" -%}', '{%- generation -%}{%- if content and content != "null" -%}'),
+        ('{{- "<|im_end|>\\n" -}}', '{{- "<|im_end|>\\n" -}}{%- endgeneration -%}'),
+    ),
+    "lfm2": (_LFM_TURN,),  # behind lfm2.v2, which has this piece too
     "llama3.1": (  # and 3.2
         (_LLAMA_HEADER, ""),
         (
