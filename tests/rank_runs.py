@@ -14,10 +14,11 @@ from fastalign.loop.checkpoint import CheckpointError
 COMMON = {"max_steps": 4, "max_grad_norm": 0.5, "adam_epsilon": 1e-3}
 CASES = {
     "llama": COMMON,
-    "tied": COMMON | {"family": "qwen2"},
+    "tied": COMMON | {"family": "qwen2", "gradient_checkpointing": True},
     "adapter": COMMON | {"peft": True, "lora_dropout": 0.0},
 }
-DROPOUT = {"family": "gpt2", "model_kwargs": {"resid_pdrop": 0.1, "embd_pdrop": 0.1}}
+DROPOUT = COMMON | {"family": "gpt2", "model_kwargs": {"resid_pdrop": 0.1, "embd_pdrop": 0.1}}
+ALONE = {"dropout": DROPOUT, "bf16": COMMON | {"bf16": True}}  # not compared with one process to the last digits
 
 
 def train(folder: Path, name: str, accumulation: int, resume: str | None = None) -> None:
@@ -25,7 +26,7 @@ def train(folder: Path, name: str, accumulation: int, resume: str | None = None)
 
     Two ranks see the same global batch as one process with twice the accumulation.
     """
-    made = trainer(folder, **(CASES | {"dropout": COMMON | DROPOUT})[name], gradient_accumulation_steps=accumulation)
+    made = trainer(folder, **(CASES | ALONE)[name], gradient_accumulation_steps=accumulation)
     made.train(resume_from_checkpoint=resume)
     made.save_model(str(folder / "final"))
     if made.is_world_process_zero():

@@ -54,6 +54,7 @@ def ranks(request, single, tmp_path_factory):
     ]
     runs += [{"folder": "dropout", "name": "dropout", "accumulation": 2}]
     runs += [runs[-1] | {"folder": "dropout_on", "resume": str(folder / "dropout" / "checkpoint-2")}]
+    runs += [{"folder": "bf16", "name": "bf16", "accumulation": 2}]
     launch(request.param, folder, runs)
     return request.param, folder
 
@@ -109,6 +110,13 @@ def test_resumed_ranks_equal_uninterrupted_ranks(ranks):
     mine, other = final(folder / "dropout_on"), final(folder / "dropout")
     assert all(torch.equal(mine[key], other[key]) for key in other)
     assert read(folder / "dropout_on")["history"][:4] == read(folder / "dropout")["history"][:4]
+
+
+def test_loss_leaves_a_bf16_model_in_full_precision(ranks, single):
+    _, folder = ranks
+    for mine, other in zip(read(folder / "bf16")["history"], read(single / "llama")["history"][:4], strict=False):
+        loss = torch.tensor(mine["loss"])
+        assert loss.item() == pytest.approx(other["loss"], abs=0.02) and loss != loss.bfloat16()
 
 
 def test_full_disk_stops_all_ranks(ranks):

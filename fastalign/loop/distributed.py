@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 from accelerate import Accelerator, PartialState
@@ -52,7 +53,7 @@ def make_accelerator(args) -> Accelerator:
     accelerator = Accelerator(**kwargs)
     if accelerator.distributed_type == DistributedType.MULTI_CPU and "fsdp_plugin" in kwargs:
         _shard_on_cpu(accelerator, kwargs["fsdp_plugin"])
-    _check(args, accelerator)
+    _settle_fsdp(args, accelerator)
     if (
         accelerator.distributed_type == DistributedType.DEEPSPEED
         and getattr(args, "hf_deepspeed_config", None) is None
@@ -84,7 +85,8 @@ def _shard_on_cpu(accelerator: Accelerator, plugin: FullyShardedDataParallelPlug
     PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
 
-def _check(args, accelerator: Accelerator) -> None:
+def _settle_fsdp(args, accelerator: Accelerator) -> None:
+    """Refuse FSDP settings that we do not support; keep the model's outputs in full precision."""
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None:
         return
@@ -92,6 +94,9 @@ def _check(args, accelerator: Accelerator) -> None:
         raise ValueError(
             "FSDP version 1 is not supported: use version 2 (`--fsdp_version 2`, or fsdp_config.version=2)."
         )
+    if plugin.mixed_precision_policy is not None:
+        # losses and log-probabilities leave the model in fp32; Accelerate would round them to the compute dtype
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
     if plugin.activation_checkpointing and args.gradient_checkpointing:
         raise ValueError(
             "FSDP's activation_checkpointing and gradient_checkpointing=True do the same work twice: set one to False."
