@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from test_policy import _assert_same_gradients, _batch, _gradients, _loss_fn, _plain, _sequences
+from policy_batches import (
+    assert_same_gradients,
+    batch_of,
+    gradients_of,
+    plain_logps,
+    sequences_of,
+    weighted_nll,
+)
 from tiny import tiny_model
 
 from fastalign.policy import logits_forward, prepare_policy, token_loss, token_stats
@@ -22,15 +29,15 @@ def _adapted(family="llama", **settings):
 
 
 def _assert_equals_plain(model):
-    sequences = _sequences()
-    batch = _batch(sequences)
-    expected_logp, loss = _plain(model, sequences, batch)
-    expected = _gradients(model, loss)
+    sequences = sequences_of()
+    batch = batch_of(sequences)
+    expected_logp, loss = plain_logps(model, sequences, batch)
+    expected = gradients_of(model, loss)
     assert prepare_policy(model).flat
-    for current in (batch, _batch(sequences, padded=True)):
-        output = token_loss(model, current, _loss_fn(current))
+    for current in (batch, batch_of(sequences, padded=True)):
+        output = token_loss(model, current, weighted_nll(current))
         torch.testing.assert_close(output.stats.logp, expected_logp.detach(), atol=1e-5, rtol=1e-5)
-        _assert_same_gradients(_gradients(model, output.loss), expected)
+        assert_same_gradients(gradients_of(model, output.loss), expected)
 
 
 @pytest.mark.parametrize(
@@ -57,12 +64,12 @@ def test_logit_scale_and_adapter_together():
 
 
 def test_disabled_and_merged_adapters():
-    model, sequences = _adapted(), _sequences()
-    batch = _batch(sequences)
+    model, sequences = _adapted(), sequences_of()
+    batch = batch_of(sequences)
     prepare_policy(model)
     adapted = token_stats(model, batch).stats.logp
     with model.disable_adapter():
-        expected, _ = _plain(model, sequences, batch)
+        expected, _ = plain_logps(model, sequences, batch)
         bare = token_stats(model, batch).stats.logp
     torch.testing.assert_close(bare, expected, atol=1e-5, rtol=1e-5)
     assert (bare - adapted).abs().max() > 1e-2
@@ -71,18 +78,18 @@ def test_disabled_and_merged_adapters():
 
 
 def test_head_dropout_acts_on_the_adapter_alone():
-    model, sequences = _adapted(lora_dropout=0.5, target_modules=["lm_head"]).train(), _sequences()
-    batch = _batch(sequences)
+    model, sequences = _adapted(lora_dropout=0.5, target_modules=["lm_head"]).train(), sequences_of()
+    batch = batch_of(sequences)
     prepare_policy(model)
     head = model.get_base_model().lm_head
     hidden = logits_forward(model, batch, output_hidden_states=True).hidden_states[-1][0, batch.source]
     torch.manual_seed(4)
-    found = token_loss(model, batch, _loss_fn(batch))
+    found = token_loss(model, batch, weighted_nll(batch))
     torch.manual_seed(4)
     logp = head(hidden).log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
     torch.testing.assert_close(found.stats.logp, logp.detach(), atol=1e-5, rtol=1e-5)
-    expected = _gradients(model, -(logp * batch.weight).sum() / batch.weight.sum())
-    _assert_same_gradients(_gradients(model, found.loss), expected)
+    expected = gradients_of(model, -(logp * batch.weight).sum() / batch.weight.sum())
+    assert_same_gradients(gradients_of(model, found.loss), expected)
 
 
 def test_adapter_added_after_preparing():
@@ -94,8 +101,8 @@ def test_adapter_added_after_preparing():
 
 def test_prompt_tuning_is_padded_and_equal():
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
-    model, sequences = peft.get_peft_model(tiny_model("llama"), config).eval(), _sequences()
-    padded = _batch(sequences, padded=True)
+    model, sequences = peft.get_peft_model(tiny_model("llama"), config).eval(), sequences_of()
+    padded = batch_of(sequences, padded=True)
     logps = []
     for i, s in enumerate(sequences):
         logits = model(input_ids=s[None]).logits[0, 5:]
@@ -104,10 +111,10 @@ def test_prompt_tuning_is_padded_and_equal():
     expected = torch.cat(logps)
     info = prepare_policy(model)
     assert not info.flat and "soft prompts" in info.reason
-    output = token_loss(model, padded, _loss_fn(padded))
+    output = token_loss(model, padded, weighted_nll(padded))
     torch.testing.assert_close(output.stats.logp, expected.detach(), atol=1e-5, rtol=1e-5)
     loss = -(expected * padded.weight).sum() / padded.weight.sum()
-    _assert_same_gradients(_gradients(model, output.loss), _gradients(model, loss))
+    assert_same_gradients(gradients_of(model, output.loss), gradients_of(model, loss))
 
 
 def test_dora_on_the_head_is_refused():
