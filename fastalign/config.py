@@ -7,14 +7,14 @@ from dataclasses import MISSING, dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
-from transformers.utils import is_torch_bf16_gpu_available
+from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
 logger = logging.getLogger(__name__)
 
 
 def arg(default: Any = MISSING, help: str = "", *, factory: Any = MISSING, choices: list | None = None) -> Any:
     """A dataclass field with its one-sentence documentation; `--help` and the docs read it."""
-    metadata = {"help": help.replace("%%", "%").replace("%", "%%")}
+    metadata: dict[str, Any] = {"help": help.replace("%%", "%").replace("%", "%%")}
     if choices is not None:
         metadata["choices"] = choices
     return field(default=default, default_factory=factory, metadata=metadata)

@@ -70,7 +70,8 @@ class Metrics:
             shares = [(next(values), next(values)) for _ in pairs]
             result[name] = sum(total / count if count else 0.0 for total, count in shares) / len(shares)
         result.update({name: self._counts[name] for name in sorted(self._logged_counts[self.training])})
-        ratios.clear(), latest.clear(), self._added.clear(), self._logged_counts[self.training].clear()
+        for part in (ratios, latest, self._added, self._logged_counts[self.training]):
+            part.clear()
         return result
 
     def counts(self) -> dict[str, float]:

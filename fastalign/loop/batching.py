@@ -165,6 +165,7 @@ class StepSampler(BatchSampler):
 
     def _within_budget(self, shares: list, start: int, stop: int) -> list[list[int]]:
         # every rank runs equally many micro-batches: FSDP gathers weights in each
+        assert self.lengths is not None and self.budget is not None
         fill = partial(fill_micro_batches, lengths=self.lengths, budget=self.budget, padded=self.padded)
         rows = [[row for batch in share[start:stop] for row in batch] for share in shares]
         most = max(len(fill(part)) for part in rows) if self.world > 1 else 1
@@ -196,14 +197,17 @@ def list_lengths(dataset, column: str = "input_ids", chunk: int = 100_000) -> np
     """Tokens of each row, (rows,) int64: from Arrow offsets where there is Arrow, else by reading every row."""
     if not isinstance(dataset, datasets.Dataset):
         return np.array([len(dataset[i][column]) for i in range(len(dataset))], dtype=np.int64)
-    import pyarrow.compute as pc
+    from pyarrow import compute
 
     rows = dataset.select_columns([column]).with_format("arrow")
-    parts = [pc.list_value_length(rows[i : i + chunk][column]) for i in range(0, len(rows), chunk)]
+    parts = [
+        compute.list_value_length(rows[i : i + chunk][column])  # pyright: ignore
+        for i in range(0, len(rows), chunk)
+    ]
     return np.concatenate([part.to_numpy() for part in parts]).astype(np.int64) if parts else np.zeros(0, np.int64)
 
 
-def readable_rows(trainer, dataset, collator, description: str):
+def readable_rows(trainer, dataset, collator, description: str) -> tuple[Any, Any]:
     """(dataset, collator) as the DataLoader takes them: Arrow for our collators, rows as dicts for all others."""
     if isinstance(dataset, datasets.Dataset):
         if reads_arrow(collator):
@@ -266,13 +270,13 @@ def make_loader(trainer, dataset, batch_size: int, *, training: bool, collator=N
     return DataLoader(rows, batch_sampler=_sampler(trainer, dataset, batch_size, training, collate), **options)
 
 
-def _stream_of_rank(trainer, dataset, batch_size: int):
+def _stream_of_rank(trainer, dataset: Any, batch_size: int) -> Any:
     if trainer.world == 1:
         return dataset
     if isinstance(dataset, datasets.IterableDataset) and dataset.n_shards >= trainer.world:
         return dataset.shard(num_shards=trainer.world, index=trainer.rank)
     return IterableDatasetShard(
-        dataset,
+        dataset,  # pyright: ignore
         batch_size=batch_size,
         drop_last=trainer.args.dataloader_drop_last,
         num_processes=trainer.world,
@@ -291,8 +295,8 @@ def _sampler(trainer, dataset, batch_size: int, training: bool, collator) -> Bat
     accumulation = args.gradient_accumulation_steps if training else 1
     budget = args.token_budget if training else None
     needs_lengths = budget is not None or strategy in ("group_by_length", "batch_rebalance")
-    lengths = trainer.example_lengths(dataset) if needs_lengths else None
-    if lengths is not None and budget is not None and len(lengths) and lengths.max() > budget:
+    lengths: Any = trainer.example_lengths(dataset) if needs_lengths else None
+    if budget is not None and len(lengths) and lengths.max() > budget:
         raise ValueError(
             f"Row {int(lengths.argmax())} of the training set has {int(lengths.max())} tokens, more than "
             f"token_budget={budget}: raise token_budget, or cut the rows (max_length)."
@@ -329,7 +333,7 @@ def _sampler(trainer, dataset, batch_size: int, training: bool, collator) -> Bat
     )
 
 
-def _rebalanced(trainer, lengths: np.ndarray, batch_size: int, seed: int) -> BatchSampler:
+def _rebalanced(trainer, lengths: np.ndarray, batch_size: int, seed: int) -> Any:
     from transformers.trainer_pt_utils import BatchRebalanceSampler
 
     if trainer.args.token_budget:

@@ -65,7 +65,7 @@ def run_prediction(trainer, dataset, ignore_keys, prefix: str) -> PredictionOutp
 
 def _with_speed(trainer, output: EvalLoopOutput, start: float, prefix: str) -> dict[str, float]:
     num_steps = math.ceil(output.num_samples / (trainer.args.eval_batch_size * trainer.world))
-    return output.metrics | speed_metrics(prefix, start, num_samples=output.num_samples, num_steps=num_steps)
+    return (output.metrics or {}) | speed_metrics(prefix, start, num_samples=output.num_samples, num_steps=num_steps)
 
 
 def evaluation_loop(trainer, loader, loss_only: bool | None, ignore_keys, prefix: str) -> EvalLoopOutput:
@@ -140,7 +140,7 @@ def _mark_last(loader) -> Iterator[tuple[Any, bool]]:
         current = following
 
 
-def _examples_per_rank(trainer, loader, number: int, inputs) -> list[int]:
+def _examples_per_rank(trainer, loader, number: int, inputs: Any) -> list[int]:
     """How many examples of the set each rank's batch `number` holds, repeated ones not counted."""
     sampler = getattr(loader, "batch_sampler", None)
     if isinstance(sampler, StepSampler):
@@ -151,17 +151,12 @@ def _examples_per_rank(trainer, loader, number: int, inputs) -> list[int]:
     return [size or trainer.args.eval_batch_size] * trainer.world
 
 
-def predict_batch(trainer, model, inputs, loss_only: bool, ignore_keys=None):
+def predict_batch(trainer, model, inputs: Any, loss_only: bool, ignore_keys=None):
     """(loss, logits, labels) of one batch, each None where there is none; logits (B, L, V) of token batches."""
     inputs = trainer._prepare_inputs(inputs)
-    is_tokens = isinstance(inputs, TokenBatch)
+    if isinstance(inputs, TokenBatch):
+        return _predict_tokens(trainer, model, inputs, loss_only)
     with torch.no_grad():
-        if is_tokens and loss_only:
-            return trainer.compute_loss(model, inputs).detach(), None, None
-        if is_tokens:
-            loss, outputs = trainer.compute_loss(model, inputs, return_outputs=True)
-            logits = outputs["logits"] if isinstance(outputs, dict) else outputs.logits
-            return loss.detach(), logits.detach().view(-1, *logits.shape[-2:]), labels_of(inputs)
         labels = tuple(inputs.get(name) for name in trainer.label_names)
         has_labels = bool(labels) and all(label is not None for label in labels)
         loss, outputs = None, None
@@ -182,6 +177,15 @@ def predict_batch(trainer, model, inputs, loss_only: bool, ignore_keys=None):
     return loss, _single(logits), _single(labels)
 
 
+def _predict_tokens(trainer, model, inputs: TokenBatch, loss_only: bool):
+    with torch.no_grad():
+        if loss_only:
+            return trainer.compute_loss(model, inputs).detach(), None, None
+        loss, outputs = trainer.compute_loss(model, inputs, return_outputs=True)
+    logits = outputs["logits"] if isinstance(outputs, dict) else outputs.logits
+    return loss.detach(), logits.detach().view(-1, *logits.shape[-2:]), labels_of(inputs)
+
+
 def _single(values):
     return values[0] if values is not None and len(values) == 1 else values
 
@@ -199,7 +203,7 @@ class _Kept:
         self.in_batches = trainer.args.batch_eval_metrics and trainer.compute_metrics is not None
         self.of_batches: dict[str, float] = {}
 
-    def add(self, loss, logits, labels, inputs, counts: list[int], last: bool) -> None:
+    def add(self, loss, logits, labels, inputs: Any, counts: list[int], last: bool) -> None:
         """Take over one batch; with `batch_eval_metrics` hand it to `compute_metrics` at once."""
         if logits is None and not self.wanted:
             return
@@ -250,11 +254,11 @@ class _Kept:
     def metrics(self) -> dict[str, float]:
         """What `compute_metrics` makes of everything."""
         if self.in_batches:
-            return dict(denumpify_detensorize(self.of_batches))
+            return _plain(self.of_batches)
         values = {key: part.get_arrays() for key, part in self.parts.items()}
         if self.trainer.compute_metrics is None or values["logits"] is None or values["labels"] is None:
             return {}
-        return dict(denumpify_detensorize(self._compute(values)))
+        return _plain(self._compute(values))
 
     def _compute(self, values: dict, **kwargs) -> dict[str, float]:
         prediction = EvalPrediction(
@@ -264,6 +268,11 @@ class _Kept:
             losses=values["loss"] if "loss" in self.wanted else None,
         )
         return self.trainer.compute_metrics(prediction, **kwargs)
+
+
+def _plain(metrics: dict) -> dict[str, Any]:
+    """Numbers instead of arrays and tensors."""
+    return dict(denumpify_detensorize(metrics))  # pyright: ignore
 
 
 def _first_rows(value, rows: int):

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import HfApi
@@ -51,14 +52,10 @@ def push(trainer, commit_message: str, blocking: bool, token: str | None, revisi
         return None
     trainer.create_model_card(**card)
     wait_for_uploads(trainer)
+    options: dict[str, Any] = {"repo_id": trainer.hub_model_id, "token": token or args.hub_token}
+    options |= {"run_as_future": not blocking, "revision": revision or args.hub_revision}
     return HfApi().upload_folder(
-        repo_id=trainer.hub_model_id,
-        folder_path=args.output_dir,
-        commit_message=commit_message,
-        token=token or args.hub_token,
-        run_as_future=not blocking,
-        ignore_patterns=NOT_UPLOADED,
-        revision=revision or args.hub_revision,
+        folder_path=args.output_dir, commit_message=commit_message, ignore_patterns=NOT_UPLOADED, **options
     )
 
 
@@ -77,7 +74,7 @@ def push_checkpoint(trainer, folder: str) -> None:
                 shutil.copy(file, args.output_dir)
     torch.save(args, Path(args.output_dir, TRAINING_ARGS_NAME))
     message = f"Training in progress, step {trainer.state.global_step}"
-    options = {"repo_id": trainer.hub_model_id, "token": args.hub_token, "run_as_future": True}
+    options: dict[str, Any] = {"repo_id": trainer.hub_model_id, "token": args.hub_token, "run_as_future": True}
     options["revision"] = args.hub_revision
     jobs = [
         HfApi().upload_folder(
@@ -89,7 +86,7 @@ def push_checkpoint(trainer, folder: str) -> None:
         message += ", checkpoint"
         jobs.append(HfApi().upload_folder(folder_path=folder, path_in_repo=target, commit_message=message, **options))
     if running is None or running.is_done():
-        trainer.push_in_progress = PushInProgress(jobs)
+        trainer.push_in_progress = PushInProgress(jobs)  # pyright: ignore
     else:
         running.jobs.extend(jobs)
 

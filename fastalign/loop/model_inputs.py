@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +13,12 @@ from transformers.trainer_utils import unwrap_peft_model
 from ..data.batch import TokenBatch
 
 
-def signature_columns(model: nn.Module, label_names: list[str]) -> list[str]:
+def signature_columns(model: Any, label_names: list[str]) -> list[str]:
     """Dataset columns that the model's forward takes, and the names of labels."""
     return [*inspect.signature(unwrap_peft_model(model).forward).parameters, "label", "label_ids", *label_names]
 
 
-def accepts_loss_kwargs(model: nn.Module) -> bool:
+def accepts_loss_kwargs(model: Any) -> bool:
     """Whether the model's own loss can be normalised by `num_items_in_batch`."""
     model = unwrap_peft_model(model)
     if hasattr(model, "accepts_loss_kwargs"):
@@ -33,7 +34,7 @@ def default_collator(processing_class):
     return default_data_collator
 
 
-def model_loss(trainer, model: nn.Module, inputs: dict, num_items: int | Tensor | None):
+def model_loss(trainer: Any, model: nn.Module, inputs: dict, num_items: int | Tensor | None):
     """(loss, outputs) of a dictionary batch: the model's own loss, label smoothing, or the user's loss function."""
     kwargs = {}
     if num_items is not None and trainer.model_accepts_loss_kwargs:
@@ -46,6 +47,7 @@ def model_loss(trainer, model: nn.Module, inputs: dict, num_items: int | Tensor 
     if trainer.compute_loss_func is not None:
         loss = trainer.compute_loss_func(outputs, labels, num_items_in_batch=num_items)
     elif labels is not None:
+        assert trainer.label_smoother is not None
         loss = trainer.label_smoother(outputs, labels, shift_labels=True, num_items_in_batch=num_items)
     elif isinstance(outputs, dict) and "loss" not in outputs:
         raise ValueError(
@@ -85,11 +87,10 @@ def count_tokens(trainer, inputs: TokenBatch | dict) -> tuple[int, int]:
 
 def flops_per_token(model: nn.Module) -> int:
     """6 floating-point operations per parameter outside the embeddings (transformers' estimate)."""
-    known = getattr(model, "_flops_per_token", None)
+    known = model.__dict__.get("_flops_per_token")
     if known is None:
-        count = getattr(model, "num_parameters", None)
-        known = 6 * count(exclude_embeddings=True) if callable(count) else 0
-        model._flops_per_token = known
+        count: Any = getattr(model, "num_parameters", lambda exclude_embeddings: 0)
+        known = model.__dict__["_flops_per_token"] = 6 * count(exclude_embeddings=True)
     return known
 
 

@@ -45,7 +45,7 @@ def create_optimizer(trainer, model: nn.Module) -> torch.optim.Optimizer:
     if trainer.optimizer_cls_and_kwargs is not None:
         made_by, kwargs = trainer.optimizer_cls_and_kwargs
     else:
-        made_by, kwargs = TransformersTrainer.get_optimizer_cls_and_kwargs(args, model)
+        made_by, kwargs = TransformersTrainer.get_optimizer_cls_and_kwargs(args, model)  # pyright: ignore
     kwargs = dict(kwargs)
     if is_optimizer_factory(made_by):
         return made_by()(model, **kwargs)
@@ -58,7 +58,7 @@ def create_optimizer(trainer, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def _keep_embeddings_in_fp32(model: nn.Module) -> None:
-    import bitsandbytes
+    import bitsandbytes  # pyright: ignore
 
     overrides = bitsandbytes.optim.GlobalOptimManager.get_instance()
     for module in model.modules():

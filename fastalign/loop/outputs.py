@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transformers.trainer_pt_utils import log_metrics, save_metrics, save_state
 from transformers.trainer_utils import speed_metrics
@@ -14,13 +14,11 @@ if TYPE_CHECKING:
     from transformers import TrainerState
     from transformers.trainer_callback import CallbackHandler, TrainerControl
 
-    from ..config import AlignConfig
-
 
 class RunOutputs:
     """The part of `Trainer` that writes and reports; transformers' names and meanings."""
 
-    args: AlignConfig
+    args: Any  # AlignConfig: its inherited fields are wider unions than what is left after __post_init__
     accelerator: Accelerator
     state: TrainerState
     control: TrainerControl

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 from transformers import DefaultFlowCallback, PrinterCallback
-from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler
-from transformers.utils import is_in_notebook
+from transformers.utils.import_utils import is_in_notebook
 
 from ..metrics import RunCounters
 from .progress import TrainingProgress

@@ -49,7 +49,7 @@ def run_epoch(trainer, loader, plan: TrainingPlan, epoch: int, skip: int = 0, re
 def _set_epoch(loader, epoch: int) -> None:
     sampler = getattr(loader, "batch_sampler", None)
     for part in (loader, getattr(loader, "dataset", None), sampler, getattr(sampler, "sampler", None)):
-        if hasattr(part, "set_epoch"):
+        if part is not None and hasattr(part, "set_epoch"):
             part.set_epoch(epoch)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.trainer_callback import ExportableState, TrainerControl, TrainerState
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import (
+    SaveStrategy,
     TrainerMemoryTracker,
     TrainOutput,
     enable_full_determinism,
@@ -23,8 +24,8 @@ from transformers.trainer_utils import (
     set_seed,
     unwrap_peft_model,
 )
-from transformers.training_args import OptimizerNames, SaveStrategy
-from transformers.utils import find_labels
+from transformers.training_args import OptimizerNames
+from transformers.utils.generic import find_labels
 
 from ..config import AlignConfig
 from ..data.batch import TokenBatch
@@ -70,17 +71,20 @@ class Trainer(RunOutputs):
         optimizer_cls_and_kwargs=None,
         preprocess_logits_for_metrics=None,
     ):
-        self.args = args = AlignConfig("trainer_output") if args is None else args
+        args = AlignConfig("trainer_output") if args is None else args
         check_arguments(args)
+        self.args = args
         enable_full_determinism(args.seed) if args.full_determinism else set_seed(args.seed)
         self._memory_tracker = TrainerMemoryTracker(args.skip_memory_metrics)
         self._memory_tracker.start()
         transformers.logging.set_verbosity(args.get_process_log_level())
         self.accelerator = make_accelerator(args)
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
-        self.model = self.model_wrapped = place_model(model, args, self.accelerator)
+        self.model: Any = place_model(model, args, self.accelerator)
+        self.model_wrapped: Any = self.model
         self.data_collator = default_collator(processing_class) if data_collator is None else data_collator
-        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
+        self.train_dataset: Any = train_dataset
+        self.eval_dataset: Any = eval_dataset
         self.processing_class = processing_class
         self.compute_loss_func, self.compute_metrics = compute_loss_func, compute_metrics
         self.preprocess_logits_for_metrics = preprocess_logits_for_metrics
@@ -97,6 +101,7 @@ class Trainer(RunOutputs):
         self._eval_loaders: dict[int, Any] = {}
         self._ignore_keys = None
         self.current_batch = None  # the micro-batch in the model, while training
+        self._loss_share = 1.0  # its weight in the step, where losses are means
         self.current_gradient_accumulation_steps = args.gradient_accumulation_steps
         self._train_batch_size = args.train_batch_size
         self._created_lr_scheduler = False
@@ -108,7 +113,7 @@ class Trainer(RunOutputs):
         if args.push_to_hub:
             hub.init_repo(self)
         if args.should_save:
-            os.makedirs(args.output_dir, exist_ok=True)
+            os.makedirs(self.args.output_dir, exist_ok=True)
         self.control = self.callback_handler.on_init_end(args, self.state, self.control)
         if getattr(self.model, "config", None) is not None:
             self.model.config.use_cache = args.use_cache
@@ -184,7 +189,7 @@ class Trainer(RunOutputs):
         wish = {"true": True, "false": False}.get(str(wish).lower(), wish)
         path = checkpoint.checkpoint_to_resume(self, wish)
         self.is_in_train = True
-        run = find_executable_batch_size(
+        run: Any = find_executable_batch_size(
             self._inner_training_loop, self._train_batch_size, self.args.auto_find_batch_size
         )
         with ready_for_training(self), hub.quiet_uploads(self.args):
@@ -261,7 +266,7 @@ class Trainer(RunOutputs):
         self.accelerator.backward(loss, **kwargs)
         return loss.detach()
 
-    def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
+    def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None) -> Any:
         """The loss of a micro-batch, 0-dim; here the model's own on dictionaries, algorithms override it."""
         if isinstance(inputs, TokenBatch):
             raise TypeError(f"{type(self).__name__} must override compute_loss to train on token batches.")
@@ -280,7 +285,7 @@ class Trainer(RunOutputs):
     def _prepare_inputs(self, inputs):
         return send_to_device(inputs, self.args.device, non_blocking=self.args.accelerator_config.non_blocking)
 
-    def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
+    def _sum_over_ranks(self, tensor: Tensor) -> Any:
         return self.accelerator.reduce(tensor, reduction="sum")
 
     # Log, evaluate, save
@@ -378,5 +383,5 @@ class Trainer(RunOutputs):
         return TrainerState(
             is_local_process_zero=self.is_local_process_zero(),
             is_world_process_zero=self.is_world_process_zero(),
-            stateful_callbacks=[part for part in stateful if isinstance(part, ExportableState)],
+            stateful_callbacks=[part for part in stateful if isinstance(part, ExportableState)],  # pyright: ignore
         )

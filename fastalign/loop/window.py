@@ -20,19 +20,18 @@ class LoggingWindow:
         self.grad_norm: Tensor = torch.zeros((), device=device)  # of the last step
         self.learning_rate: float | None = None  # that the last step used
         self.first_step = 0
-        self.last_logged: int | None = None
+        self.last_logged = -1  # not known yet
         self.loss_before = 0.0  # sum over the steps of this call that were logged
         self.start_time = time.time()
 
     def begin(self, step: int) -> None:
         """Start the clock of a call that continues after `step`, in a window that a checkpoint may have brought."""
         self.first_step, self.start_time = step, time.time()
-        if self.last_logged is None:
+        if self.last_logged < 0:
             self.last_logged = step
 
     def close(self, metrics: Metrics, step: int) -> dict[str, float]:
         """The log line of the window that ends at `step`, averaged over ranks; a new window begins."""
-        assert self.last_logged is not None
         values = metrics.collect(loss=self.loss, grad_norm=self.grad_norm)
         loss, norm = values.pop("loss"), values.pop("grad_norm")
         logs = {"loss": loss / (step - self.last_logged), "grad_norm": norm, "learning_rate": self.learning_rate}
