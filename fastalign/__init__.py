@@ -26,6 +26,7 @@ _PUBLIC = {  # public name -> module that defines it; imported on first use, so 
     "maybe_extract_prompt": "fastalign.data.formats",
     "maybe_unpair_preference_dataset": "fastalign.data.formats",
     "pack_dataset": "fastalign.data.packing",
+    "plan_packs": "fastalign.data.packing",
     "prepare_multimodal_messages": "fastalign.data.formats",
     "prepare_policy": "fastalign.policy",
     "supports_tool_calling": "fastalign.data.chat",

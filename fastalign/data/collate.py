@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 import torch
@@ -101,7 +103,7 @@ class TokenCollator:
 
 def _columns(rows: pa.Table | list[dict]) -> dict:
     """The columns of COLUMNS that `rows` has."""
-    table = rows if isinstance(rows, pa.Table) else None
+    table: Any = rows if isinstance(rows, pa.Table) else None
     if table is None and rows and isinstance(rows[0], pa.Table):
         table = pa.concat_tables(rows)
     if table is not None:
