@@ -123,11 +123,11 @@ def _answer(module: nn.Module, request: ScoringRequest, hidden: Tensor) -> Tenso
         with torch.autocast(kind, enabled=False):
             if request.mode == "fused":
                 loss, request.stats = head_ops.fused(rows, weight, request.targets, request.loss_fn, **options)
-                return loss.reshape(1, 1, 1)
+                return loss.reshape(1, 1, 1).clone()  # FSDP2 hangs its hooks on it, and warns of a view
             score = head_ops.deferred if request.mode == "deferred" else head_ops.stats
             stats = score(rows, weight, request.targets, **options)
     columns = [getattr(stats, name) for name in request.outputs]
-    return torch.cat([column.to(stats.logp.dtype) for column in columns]).reshape(1, 1, -1)
+    return torch.cat([column.to(stats.logp.dtype) for column in columns]).reshape(1, 1, -1).clone()
 
 
 def unpack_stats(result: Tensor, outputs: tuple[str, ...]) -> TokenStats:

@@ -145,7 +145,8 @@ def _converted(model: nn.Module, folder: Path) -> dict[str, Tensor] | None:
     if not isinstance(model, PreTrainedModel) or not get_model_conversion_mapping(model, add_legacy=False):
         return None
     made_by = next(cls for cls in type(model).__mro__ if not cls.__name__.startswith("FSDP"))
-    loaded, info = made_by.from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
+    with _no_bar():
+        loaded, info = made_by.from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
     lost = {k: v for k, v in info.items() if v and k in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if lost:
         raise ValueError(f"the weights in {folder} are those of another model: {lost}")
