@@ -25,6 +25,7 @@ LAYERS = [
     ["fastalign.policy_check", "fastalign.policy"],
     ["fastalign.loop"],
     ["fastalign.rollout", "fastalign.pairs", "fastalign.reference"],
+    ["fastalign.given_data"],
     ["fastalign.trainers"],
     ["fastalign.report"],
     ["fastalign.cli", "fastalign.demo", "fastalign.__main__"],
