@@ -24,7 +24,7 @@ LAYERS = [
     ["fastalign.logit_form", "fastalign.scoring_head", "fastalign.flat_attention"],
     ["fastalign.policy_check", "fastalign.policy"],
     ["fastalign.loop"],
-    ["fastalign.rollout", "fastalign.pairs", "fastalign.reference"],
+    ["fastalign.given_data", "fastalign.rollout", "fastalign.pairs", "fastalign.reference"],
     ["fastalign.given_data"],
     ["fastalign.trainers"],
     ["fastalign.report"],
