@@ -12,7 +12,6 @@ from .config import AlignConfig
 from .data.batch import TokenBatch
 from .data.dict_batches import BatchAdapter
 from .loop import Trainer
-from .loop.offload import offload_activations
 from .loop.selective import enable_selective_checkpointing
 from .models import LoadedModel, model_name, resolve_model, router_loss_coefficient, set_pad_token
 from .policy import prepare_policy
@@ -98,10 +97,6 @@ class GivenDataTrainer(Trainer):
         if eval_dataset is not None and not isinstance(eval_dataset, (str, dict)):  # the loop takes a dict apart
             eval_dataset = self._prepared(eval_dataset, metric_key_prefix, training=False)
         return super().evaluate(eval_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
-
-    def activation_context(self):
-        """Offload activations where asked."""
-        return offload_activations(self.model) if self.args.activation_offloading else super().activation_context()
 
     # What the losses of algorithms share
 
