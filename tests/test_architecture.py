@@ -25,7 +25,6 @@ LAYERS = [
     ["fastalign.policy_check", "fastalign.policy"],
     ["fastalign.loop"],
     ["fastalign.given_data", "fastalign.rollout", "fastalign.pairs", "fastalign.reference"],
-    ["fastalign.given_data"],
     ["fastalign.trainers"],
     ["fastalign.report"],
     ["fastalign.cli", "fastalign.demo", "fastalign.__main__"],
