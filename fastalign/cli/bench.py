@@ -51,4 +51,5 @@ def main(arguments: list[str]) -> int:
         if subprocess.run([sys.executable, str(script), *script_arguments], check=False, cwd=folder.parent).returncode:
             failed.append(script.stem)
     print(f"\nResults: {folder / 'results'}" + (f"; failed: {', '.join(failed)}" if failed else ""))
+    print("`python benchmarks/tables.py` puts them into README.md.")
     return 1 if failed else 0

@@ -98,7 +98,7 @@ def config_file_of(name: str, folder: str) -> str:
         "compute_environment": "LOCAL_MACHINE",
         "machine_rank": 0,
         "main_training_function": "main",
-        "mixed_precision": "bf16",
+        "mixed_precision": "bf16" if torch.cuda.is_available() else "no",
         "num_machines": 1,
         "num_processes": processes,
         "rdzv_backend": "static",
@@ -113,18 +113,23 @@ def config_file_of(name: str, folder: str) -> str:
 def resolve_config(config: str | None, launch_arguments: list[str], folder: str) -> list[str]:
     """Arguments of `accelerate launch`, with the named `config` as a `--config_file` (written to `folder`).
 
-    Without a configuration, several processes on a machine without GPU are started as for GPUs, which is what
+    Without a configuration, several processes on a machine without accelerator are started as for GPUs, which is what
     makes accelerate use torch's launcher (gloo) instead of MPI.
     """
-    import torch
+    from accelerate.commands.launch import launch_command_parser
 
     resolved = [*(["--config_file", config_file_of(config, folder)] if config else []), *launch_arguments]
-    chosen = {"--config_file", "--multi_gpu", "--use_fsdp", "--use_deepspeed", "--cpu", "--tpu"} & set(resolved)
-    if not chosen and "--num_processes" in resolved and not torch.cuda.is_available():
-        processes = resolved[resolved.index("--num_processes") + 1 :][:1]
-        if processes != ["1"]:
-            resolved.append("--multi_gpu")
+    read = launch_command_parser().parse_args([*resolved, "script"])
+    kind = read.config_file or read.multi_gpu or read.use_fsdp or read.use_deepspeed or read.cpu or read.tpu
+    if not kind and (read.num_processes or 1) > 1 and not _has_accelerator():
+        resolved.append("--multi_gpu")
     return resolved
+
+
+def _has_accelerator() -> bool:
+    import torch
+
+    return torch.accelerator.is_available()
 
 
 def launch(name: str, arguments: list[str], config: str | None, launch_arguments: list[str]) -> int:
@@ -135,7 +140,9 @@ def launch(name: str, arguments: list[str], config: str | None, launch_arguments
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    os.environ[LAUNCHED] = "1"
+    added = {LAUNCHED: "1"} | ({} if _has_accelerator() else {"ACCELERATE_USE_CPU": "true"})
+    before = {key: os.environ.get(key) for key in added}
+    os.environ.update(added)
     try:
         with tempfile.TemporaryDirectory() as folder:
             resolved = resolve_config(config, launch_arguments, folder)
@@ -145,5 +152,6 @@ def launch(name: str, arguments: list[str], config: str | None, launch_arguments
     except subprocess.CalledProcessError as error:
         return error.returncode
     finally:
-        del os.environ[LAUNCHED]
+        for key, value in before.items():
+            os.environ.pop(key) if value is None else os.environ.update({key: value})
     return 0

@@ -52,15 +52,15 @@ def run(name: str, config_class: type, trainer_class: type, arguments: list[str]
     script_args, training_args, model_args, mixture = settings[:4]
     try:
         trainer = make_trainer(trainer_class, script_args, training_args, model_args, mixture)
-    except (ValueError, OSError) as error:
+        if trainer.is_world_process_zero():
+            write_settings(training_args.output_dir, parser.given(namespace))
+        trainer.train(resume_from_checkpoint=_resume_choice(training_args.resume_from_checkpoint))
+        _finish(trainer, training_args, script_args)
+    except (ValueError, OSError) as error:  # what a user can get wrong; anything else keeps its traceback
         if training_args.log_level == "debug":
             raise
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        print(f"{parser.prog}: error: {error}\n`--log_level debug` shows where it was raised.", file=sys.stderr)
         return 1
-    if trainer.is_world_process_zero():
-        write_settings(training_args.output_dir, parser.given(namespace))
-    trainer.train(resume_from_checkpoint=_resume_choice(training_args.resume_from_checkpoint))
-    _finish(trainer, training_args, script_args)
     return 0
 
 

@@ -1,0 +1,102 @@
+"""Rewrites the table of measurements in README.md from benchmarks/results/*.csv.
+
+    python benchmarks/tables.py [--check]
+
+One line per measured case: our median, each other provider's, and how many times better ours is. The newest row of a
+case and provider counts. With --check nothing is written, and the exit code is 1 where README.md is out of date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- measurements: written by benchmarks/tables.py -->", "<!-- end of measurements -->"
+OURS = "fastalign"
+MORE_IS_BETTER = ("/s",)
+CASE = ("op", "mode", "shape", "dtype", "device", "unit")
+
+
+def read_rows(folder: Path) -> list[dict[str, str]]:
+    """The rows of all result files, each with the `file` it stands in, oldest first."""
+    rows = []
+    for path in sorted(folder.glob("*.csv")):
+        with path.open(newline="", encoding="utf-8") as file:
+            rows += [row | {"file": path.name} for row in csv.DictReader(file)]
+    return sorted(rows, key=lambda row: row["date"])
+
+
+def newest(rows: list[dict[str, str]]) -> dict[tuple, dict[str, dict[str, str]]]:
+    """Case -> provider -> its newest row, in the order in which the cases were first measured."""
+    cases: dict[tuple, dict[str, dict[str, str]]] = {}
+    for row in rows:
+        cases.setdefault(tuple(row[name] for name in CASE), {})[row["provider"]] = row
+    return cases
+
+
+def ratio(ours: float, other: float, unit: str) -> float:
+    """How many times better `ours` is: for rates more is better, for times, sizes and waste less."""
+    better, worse = (ours, other) if unit.endswith(MORE_IS_BETTER) else (other, ours)
+    return better / worse
+
+
+def number(value: float) -> str:
+    """Three digits that matter, without an exponent."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    """The Markdown table, or a sentence where nothing is measured."""
+    lines = []
+    for (op, mode, shape, dtype, device, unit), providers in newest(rows).items():
+        if OURS not in providers:
+            continue
+        mine = providers[OURS]
+        own, memory = float(mine["median"]), mine["peak_bytes"]
+        others = []
+        for name, row in providers.items():
+            other = float(row["median"])
+            times = [f"{ratio(own, other, unit):.1f}x"] if own and other else []
+            if row["peak_bytes"] and memory:
+                times.append(f"{float(row['peak_bytes']) / float(memory):.1f}x the memory")
+            if name != OURS:
+                others.append(f"{name} {number(other)}" + (f" ({', '.join(times)})" if times else ""))
+        case = " ".join(filter(None, (mode, shape, dtype)))
+        link = f"[{device}](benchmarks/results/{mine['file']})"
+        lines.append(f"| {op} | {case} | {number(own)} {unit} | {', '.join(others)} | {link} |")
+    if not lines:
+        return "No measurements yet: `fastalign bench` in a checkout makes them."
+    head = "| what | case | fastalign | others (how many times better fastalign is) | machine |\n|---|---|---|---|---|"
+    return "\n".join([head, *lines])
+
+
+def with_table(readme: str, text: str) -> str:
+    """`readme` with `text` between the two marks. ValueError where a mark is missing."""
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
+        raise ValueError(f"README.md must hold {BEGIN!r} and {END!r} once each.")
+    before, rest = readme.split(BEGIN)
+    return f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}"
+
+
+def main() -> int:
+    """Rewrite README.md, or check that it is up to date."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing, exit with 1 where README.md is out of date"
+    )
+    options = parser.parse_args()
+    path = ROOT / "README.md"
+    old = path.read_text(encoding="utf-8")
+    new = with_table(old, table(read_rows(ROOT / "benchmarks" / "results")))
+    if options.check:
+        return int(new != old)
+    path.write_text(new, encoding="utf-8")
+    print(f"{path} {'is rewritten' if new != old else 'was up to date'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
