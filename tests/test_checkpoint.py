@@ -195,6 +195,14 @@ def test_second_save_of_a_step_replaces_it_and_a_kill_between_renames_is_repaire
     assert_same(load_file(final / "model.safetensors"), weights_of(made))
 
 
+def test_finished_run_makes_no_further_step(copied):
+    path = copied / "checkpoint-3"
+    made = trainer(copied, max_steps=3, lr_scheduler_type="constant")
+    result = made.train(resume_from_checkpoint=str(path))
+    assert result.global_step == made.state.global_step == 3
+    assert_same(weights_of(made), dict(load_file(path / "model.safetensors")))
+
+
 def test_resume_without_checkpoint_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="no complete checkpoint"):
         trainer(tmp_path).train(resume_from_checkpoint=True)

@@ -19,6 +19,7 @@ from transformers.trainer_utils import (
     SaveStrategy,
     TrainerMemoryTracker,
     TrainOutput,
+    compare_trainer_and_checkpoint_args,
     enable_full_determinism,
     find_executable_batch_size,
     set_seed,
@@ -39,7 +40,7 @@ from .model_inputs import accepts_loss_kwargs, count_items, default_collator, mo
 from .model_setup import place_model, ready_for_training
 from .offload import offload_activations
 from .outputs import RunOutputs
-from .plan import TrainingPlan, plan_training
+from .plan import TrainingPlan, plan_training, starting_batch_size
 from .window import LoggingWindow
 
 logger = logging.getLogger(__name__)
@@ -189,9 +190,8 @@ class Trainer(RunOutputs):
         wish = {"true": True, "false": False}.get(str(wish).lower(), wish)
         path = checkpoint.checkpoint_to_resume(self, wish)
         self.is_in_train = True
-        run: Any = find_executable_batch_size(
-            self._inner_training_loop, self._train_batch_size, self.args.auto_find_batch_size
-        )
+        size = starting_batch_size(self.args, self._train_batch_size, path)
+        run: Any = find_executable_batch_size(self._inner_training_loop, size, self.args.auto_find_batch_size)
         with ready_for_training(self), hub.quiet_uploads(self.args):
             try:
                 return run(path=path, ignore_keys=ignore_keys_for_eval)
@@ -207,8 +207,10 @@ class Trainer(RunOutputs):
         self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
         if self.args.eval_on_start:
             self._evaluate(step_schedule=False)
-        first, skip = divmod(self.state.global_step, plan.steps_per_epoch)
+        first, skip = plan.position(self.state, self.args.gradient_accumulation_steps)
         for epoch in range(first, plan.num_epochs):
+            if self.state.global_step >= plan.max_steps:  # the checkpoint is that of a finished run
+                break
             resumed = path if epoch == first else None
             steps.run_epoch(
                 self, loader, plan, epoch, skip if resumed and not self.args.ignore_data_skip else 0, resumed
@@ -236,6 +238,7 @@ class Trainer(RunOutputs):
         if path is not None:
             checkpoint.load_checkpoint(self, path)
             reporting.restore_counters(self)
+            compare_trainer_and_checkpoint_args(self.args, self.state)  # warns of other batch sizes and intervals
         self.state.max_steps, self.state.num_train_epochs = plan.max_steps, plan.num_epochs
         self.state.is_local_process_zero = self.is_local_process_zero()
         self.state.is_world_process_zero = self.is_world_process_zero()
