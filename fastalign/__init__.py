@@ -1,6 +1,7 @@
 """Fast post-training of language models through the interface of TRL."""
 
 from importlib import import_module as _import_module
+from typing import Any as _Any
 
 _PUBLIC = {  # public name -> module that defines it; imported on first use, so that `import fastalign` is instant
     "DatasetConfig": "fastalign.data.mixture",
@@ -38,7 +39,7 @@ _PUBLIC = {  # public name -> module that defines it; imported on first use, so 
 __all__ = [*_PUBLIC, "__version__"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> _Any:
     if name == "__version__":
         from importlib.metadata import version
 

@@ -8,7 +8,7 @@ import pytest
 
 from fastalign.cli.main import main
 from fastalign.report import read_run, write_report
-from fastalign.report.charts import HEIGHT, LEFT, RIGHT, WIDTH, Line, line_chart, short, ticks
+from fastalign.report.charts import HEIGHT, LEFT, RIGHT, WIDTH, Line, labels, line_chart, short, ticks
 
 LOG = [
     {
@@ -77,6 +77,12 @@ def test_ticks_and_numbers():
     assert ticks(0.13, 0.48) == [0.2, 0.3, 0.4]
     assert ticks(3, 3) == [3]
     assert [short(x) for x in (0.000015, 0.25, 12, 12345, 3_200_000)] == ["1.5e-05", "0.25", "12", "12,345", "3.2M"]
+
+
+def test_labels_tell_ticks_apart():
+    assert labels([5.7961, 5.7962, 5.79625]) == ["5.7961", "5.7962", "5.79625"]
+    assert labels([0, 0.5, 1]) == ["0", "0.5", "1"]
+    assert labels([0.00012, 0.000121]) == ["1.20e-04", "1.21e-04"]
 
 
 def test_last_checkpoint_stands_for_a_run_that_was_cut_off(tmp_path):

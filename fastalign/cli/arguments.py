@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from ..config import arg
 
@@ -86,8 +87,9 @@ class ModelConfig:
             raise ValueError("`load_in_8bit` and `load_in_4bit` are both set; choose one.")
         if self.from_scratch and (self.load_in_8bit or self.load_in_4bit):
             raise ValueError("`from_scratch` cannot be combined with `load_in_8bit` or `load_in_4bit`.")
-        if isinstance(self.lora_target_modules, list) and len(self.lora_target_modules) == 1:
-            self.lora_target_modules = self.lora_target_modules[0]  # 'all-linear' and patterns are plain strings
+        modules: Any = self.lora_target_modules
+        if isinstance(modules, list) and len(modules) == 1:
+            self.lora_target_modules = modules[0]  # 'all-linear' and patterns are plain strings
 
 
 def get_peft_config(model_args: ModelConfig):

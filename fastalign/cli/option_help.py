@@ -41,8 +41,8 @@ class OptionHelp(argparse.HelpFormatter):
 
     def _get_help_string(self, action) -> str:
         text = (action.help or "").strip()
-        if len(action.choices or ()) > MOST_CHOICES:
-            text += f" One of {', '.join(map(str, action.choices))}."
+        if len(choices := _choices(action)) > MOST_CHOICES:
+            text += f" One of {', '.join(choices)}."
         if action.default in (None, argparse.SUPPRESS, []) or action.required:
             return text
         return f"{text} [default: {str(getattr(action.default, 'value', action.default)).replace('%', '%%')}]"
@@ -95,8 +95,8 @@ def order_groups(parser: argparse.ArgumentParser) -> None:
 
 def placeholder(action: argparse.Action, hint) -> str:
     """What stands for the value in the help: INT, FLOAT, TEXT, BOOL, MAPPING, or the words to choose from."""
-    if 0 < len(action.choices or ()) <= MOST_CHOICES:
-        return "{" + ",".join(map(str, action.choices)) + "}"
+    if 0 < len(choices := _choices(action)) <= MOST_CHOICES:
+        return "{" + ",".join(choices) + "}"
     members = get_args(hint) if get_origin(hint) not in (None, list, dict) else (hint,)
     kinds = [get_origin(member) or member for member in members if member is not NoneType]
     names = {int: "INT", float: "NUMBER", bool: "BOOL", str: "TEXT", dict: "MAPPING", list: "LIST"}
@@ -104,6 +104,10 @@ def placeholder(action: argparse.Action, hint) -> str:
         return "ITEM"
     words = [names.get(kind, "TEXT" if _is_text(kind) else "VALUE") for kind in kinds]
     return "|".join(dict.fromkeys(words)) or "VALUE"
+
+
+def _choices(action: argparse.Action) -> list[str]:
+    return [str(choice) for choice in action.choices or ()]
 
 
 def _is_text(kind) -> bool:

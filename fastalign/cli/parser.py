@@ -53,7 +53,8 @@ class AlignParser(HfArgumentParser):
             field.type = hints[field.name]
             self._hints[field.name] = hints[field.name]
             known = len(self._actions)
-            self._parse_dataclass_field(option_group(self, dtype, field.name), field)
+            group: Any = option_group(self, dtype, field.name)  # takes options like a parser
+            self._parse_dataclass_field(group, field)
             for action in self._actions[known:]:
                 _complete(action, hints[field.name])
 
@@ -115,7 +116,7 @@ class AlignParser(HfArgumentParser):
         values = {name: getattr(namespace, name) for name in self._hints if hasattr(namespace, name)}
         for name, value in values.items():
             if isinstance(value, list):
-                values[name] = [dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for v in value]
+                values[name] = [vars(v) if dataclasses.is_dataclass(v) else v for v in value]
         return {name: value for name, value in values.items() if value != self._unset[name]}
 
     def unknown_message(self, from_file: list[str], from_command_line: list[str]) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import sys
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoConfig, AutoTokenizer, set_seed
 
 from ..data.load import load_rows, select_columns
 from ..data.mixture import DatasetMixtureConfig, get_dataset
@@ -21,8 +22,9 @@ logger = logging.getLogger(__name__)
 
 def make_parser(name: str, config_class: type) -> AlignParser:
     """The parser of `fastalign NAME`."""
+    kinds: tuple[Any, ...] = (ScriptArguments, config_class, ModelConfig, DatasetMixtureConfig)
     parser = AlignParser(
-        (ScriptArguments, config_class, ModelConfig, DatasetMixtureConfig),
+        kinds,
         prog=f"fastalign {name}",
         usage=f"fastalign {name} --model_name_or_path MODEL --dataset_name DATA [--config FILE] [options]",
         epilog="Options may stand in the YAML file of --config under the same names. Arguments of `accelerate launch` "
@@ -121,14 +123,14 @@ def load_data(script_args: ScriptArguments, mixture: DatasetMixtureConfig):
 
 def model_from_scratch(model_args: ModelConfig, training_args):
     """A model with random weights from the folder's config.json, and the folder's tokenizer."""
-    source, trust = model_args.model_name_or_path, training_args.trust_remote_code
+    source, trust = str(model_args.model_name_or_path), training_args.trust_remote_code
     revision = model_args.model_revision
     set_seed(training_args.seed)
     config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust)
     options = {"attn_implementation": model_args.attn_implementation} if model_args.attn_implementation else {}
-    dtype = (config.dtype or torch.float32) if model_args.dtype == "auto" else getattr(torch, model_args.dtype)
-    kind = model_class(config)
-    make = kind.from_config if kind is AutoModelForCausalLM else kind._from_config
+    dtype = (config.dtype or torch.float32) if model_args.dtype == "auto" else getattr(torch, str(model_args.dtype))
+    kind: Any = model_class(config)
+    make = getattr(kind, "_from_config", None) or kind.from_config  # the auto classes have the second only
     model = make(config, dtype=dtype, **options)
     logger.warning(
         f"from_scratch: {type(model).__name__} of {source} starts from random weights "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
@@ -31,6 +33,7 @@ def make_model(
     tokenizer: PreTrainedTokenizerFast, *, seed: int, hidden_size: int = 128, num_layers: int = 2
 ) -> Qwen2ForCausalLM:
     """A Qwen2 with random weights: heads of 32, two key-value heads for four query heads, tied embeddings."""
+    ids: Any = tokenizer
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
@@ -40,8 +43,8 @@ def make_model(
         num_key_value_heads=max(hidden_size // 64, 1),
         max_position_embeddings=128,
         tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=ids.pad_token_id,
+        eos_token_id=ids.eos_token_id,
         bos_token_id=None,
     )
     with torch.random.fork_rng():

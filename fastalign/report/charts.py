@@ -33,14 +33,23 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def short(value: float) -> str:
+def labels(values: list[float]) -> list[str]:
+    """`short` of each value, with as many digits as it takes to tell them apart."""
+    for digits in range(4, 10):
+        texts = [short(value, digits) for value in values]
+        if len(set(texts)) == len(texts):
+            break
+    return texts
+
+
+def short(value: float, digits: int = 4) -> str:
     """A number in few characters: 0.0123, 1.5e-05, 12,345, 3.2M."""
     size = abs(value)
     if size >= 1e6:
-        return f"{value / 1e9:.3g}G" if size >= 1e9 else f"{value / 1e6:.3g}M"
+        return f"{value / 1e9:.{digits - 1}g}G" if size >= 1e9 else f"{value / 1e6:.{digits - 1}g}M"
     if size >= 1000 or value == int(value):
         return f"{value:,.0f}"
-    return f"{value:.1e}" if size < 1e-3 else f"{value:.4g}"
+    return f"{value:.{digits - 3}e}" if size < 1e-3 else f"{value:.{digits}g}"
 
 
 def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -68,12 +77,13 @@ def line_chart(lines: list[Line]) -> str:
         return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (y - y_low) / (y_high - y_low)
 
     parts = []
-    for value in ticks(y_low, y_high):
+    heights = ticks(y_low, y_high)
+    for value, label in zip(heights, labels(heights), strict=True):
         parts.append(
             f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{py(value):.1f}" y2="{py(value):.1f}"/>'
         )
-        parts.append(f'<text x="{LEFT - 7}" y="{py(value) + 3.5:.1f}" text-anchor="end">{short(value)}</text>')
-    for value in ticks(x_low, x_high, 6):
+        parts.append(f'<text x="{LEFT - 7}" y="{py(value) + 3.5:.1f}" text-anchor="end">{label}</text>')
+    for value in (step for step in ticks(x_low, x_high, 6) if step == int(step)):
         parts.append(f'<text x="{px(value):.1f}" y="{HEIGHT - 11}" text-anchor="middle">{short(value)}</text>')
     for line in lines:
         style = f'class="s{line.color}{" dashed" if line.dashed else ""}"'

@@ -152,8 +152,11 @@ def _samples(run: Run, several: bool) -> str:
 def _completion(sample: dict | None) -> str:
     if sample is None:
         return "<td></td>"
-    judged = {True: ("right", "✓ "), False: ("wrong", "✗ ")}.get(sample.get("correct"), ("", ""))
-    return f'<td class="{judged[0]}">{judged[1]}{escape(str(sample.get("completion", "")))}</td>'
+    judged = (
+        {True: ("right", "✓ "), False: ("wrong", "✗ ")}.get(bool(sample["correct"])) if "correct" in sample else None
+    )
+    css, mark = judged or ("", "")
+    return f'<td class="{css}">{mark}{escape(str(sample.get("completion", "")))}</td>'
 
 
 def _settings(runs: list[Run]) -> str:
