@@ -30,8 +30,8 @@ SHOWN_BY = {
         logging_first_step eval_strategy eval_steps eval_delay eval_on_start include_num_input_tokens_seen data_seed
         train_sampling_strategy dataloader_drop_last""",
     "test_loop.py::test_resumed_run_continues_log_and_weights": "ignore_data_skip",
-    "test_loop.py::test_best_model_and_early_stopping": "load_best_model_at_end save_total_limit save_steps",
-    "test_loop.py::test_save_strategy_best": "save_strategy metric_for_best_model",
+    "test_loop_callbacks.py::test_best_model_and_early_stopping": "load_best_model_at_end save_total_limit save_steps",
+    "test_loop_callbacks.py::test_save_strategy_best": "save_strategy metric_for_best_model",
     "test_loop.py::test_non_finite_loss_stops_before_the_update": "logging_nan_inf_filter",
     "test_loop.py::test_batch_size_is_lowered_until_it_fits": "auto_find_batch_size",
     "test_evaluation.py::test_evaluate_equals_transformers": """bf16_full_eval label_names prediction_loss_only

@@ -7,12 +7,14 @@ import inspect
 import logging
 
 import torch
-from transformers import TrainingArguments
+from transformers import TrainingArguments, trainer_pt_utils
 from transformers.trainer_utils import has_length
 
 logger = logging.getLogger(__name__)
 
-SAMPLING = ("random", "sequential", "group_by_length", "batch_rebalance")
+SAMPLING = ["random", "sequential", "group_by_length"]
+if hasattr(trainer_pt_utils, "BatchRebalanceSampler"):  # TODO: drop with transformers < 5.19
+    SAMPLING.append("batch_rebalance")
 
 # group of fields -> the part of the library that reads them
 HONOURED: dict[str, str] = {

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from dataclasses import dataclass
 
+from transformers import TrainerState
 from transformers.trainer_utils import has_length
 
 
@@ -20,6 +22,20 @@ class TrainingPlan:
     num_examples: int  # in the dataset
     num_train_samples: float  # that the whole run sees, over all ranks
     examples_per_step: int  # over all ranks
+
+    def position(self, state, accumulation: int) -> tuple[int, int]:
+        """(epoch, optimizer steps done in it) of a run in `state`."""
+        if self.num_epochs < sys.maxsize:
+            return divmod(state.global_step, self.steps_per_epoch)
+        epoch = int(state.epoch)  # passes over a stream, whose length only the run has seen
+        return epoch, math.ceil((state.epoch - epoch) * self.batches_per_epoch / accumulation - 1e-6)
+
+
+def starting_batch_size(args, batch_size: int, checkpoint: str | None) -> int:
+    """The size that `auto_find_batch_size` had found when `checkpoint` was written, else `batch_size`."""
+    if checkpoint is None or not args.auto_find_batch_size:
+        return batch_size
+    return TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json")).train_batch_size or batch_size
 
 
 def plan_training(args, loader, batch_size: int, world: int) -> TrainingPlan:
