@@ -22,13 +22,18 @@ class ModelArgs:
     )
     activation_offloading: bool = arg(False, "Keep activations in host memory between forward and backward.")
 
+    @property
+    def selective_checkpointing(self) -> bool:
+        """Whether `gradient_checkpointing_kwargs` asks to keep attention outputs."""
+        return bool((getattr(self, "gradient_checkpointing_kwargs", None) or {}).get("selective"))
+
     def check_model_args(self) -> None:
         """Refuse checkpointing options that contradict each other (ValueError)."""
-        options = self.gradient_checkpointing_kwargs or {}
-        if options.get("selective"):
-            if not self.gradient_checkpointing:
+        config: Any = self
+        if self.selective_checkpointing:
+            if not config.gradient_checkpointing:
                 raise ValueError("`gradient_checkpointing_kwargs={'selective': True}` needs `gradient_checkpointing`.")
-            if options.get("use_reentrant"):
+            if config.gradient_checkpointing_kwargs.get("use_reentrant"):
                 raise ValueError("Selective checkpointing is not reentrant: unset `use_reentrant` or set it to False.")
 
 
@@ -43,6 +48,11 @@ class LengthArgs:
     )
     pad_to_multiple_of: int | str | None = arg("auto", "Pad sequences to a multiple of this; 'auto': do not pad.")
     pad_token: str | None = arg(None, "Deprecated: set `tokenizer.pad_token`.")
+
+    @property
+    def padding_multiple(self) -> int | None:
+        """`pad_to_multiple_of` as a number of tokens, None for no padding."""
+        return self.pad_to_multiple_of if isinstance(self.pad_to_multiple_of, int) else None
 
     def check_length_args(self) -> None:
         """Read `pad_to_multiple_of`, warn of deprecated fields, refuse unknown values (ValueError)."""

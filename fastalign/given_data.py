@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from torch import Tensor
@@ -24,7 +26,8 @@ class GivenDataTrainer(Trainer):
     template, before adapters), `prepare_dataset`, `make_collator` and `compute_loss`.
     """
 
-    config_class: type[AlignConfig]
+    config_class: type[AlignConfig]  # with the fields of ModelArgs and LengthArgs
+    args: Any
     _name = ""
     _tag_names: list[str] = []
 
@@ -40,24 +43,25 @@ class GivenDataTrainer(Trainer):
         peft_config=None,
         **loop_arguments,
     ):
-        self.args = args = as_config(args, self.config_class, f"{model_name(model).split('/')[-1]}-{self._name}")
+        config: Any = as_config(args, self.config_class, f"{model_name(model).split('/')[-1]}-{self._name}")
+        self.args = config
         sample = first_row(train_dataset)
         if isinstance(train_dataset, IterableDataset):
-            args.accelerator_config.dispatch_batches = False  # batches of ranks differ in length
-        set_seed(args.seed)  # adapters start from random weights
-        self.loaded = loaded = resolve_model(model, args, quantization_config, processing_class)
+            config.accelerator_config.dispatch_batches = False  # batches of ranks differ in length
+        set_seed(config.seed)  # adapters start from random weights
+        self.loaded = loaded = resolve_model(model, config, quantization_config, processing_class)
         self.has_images = "image" in sample or "images" in sample
         self.check(sample)
         self.adapt()
-        add_adapter(loaded, peft_config, args)
-        self.router_coefficient = router_loss_coefficient(loaded.model, args.router_aux_loss_coef)
+        add_adapter(loaded, peft_config, config)
+        self.router_coefficient = router_loss_coefficient(loaded.model, config.router_aux_loss_coef)
         if data_collator is None:
-            set_pad_token(loaded, args.pad_token)
-        if (args.gradient_checkpointing_kwargs or {}).get("selective"):
+            set_pad_token(loaded, config.pad_token)
+        if config.selective_checkpointing:
             enable_selective_checkpointing(loaded.model)
         super().__init__(
             model=loaded.model,
-            args=args,
+            args=config,
             train_dataset=self._prepared(train_dataset, "train", training=True),
             eval_dataset=self._prepared(eval_dataset, "eval", training=False),
             processing_class=loaded.processing_class,

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import PartialState
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, PreTrainedTokenizerBase, ProcessorMixin
 
 logger = logging.getLogger(__name__)
@@ -75,8 +76,8 @@ def load_model(name: str, *, trust_remote_code: bool = False, **init_kwargs):
             )
         init_kwargs["dtype"] = getattr(torch, dtype)
     if "device_map" not in init_kwargs:
-        device = transformers.training_args.PartialState().device.type
-        init_kwargs["device_map"] = None if device in ("cpu", "mps") else "auto"
+        on_host = PartialState().device.type in ("cpu", "mps")  # pyright: ignore[reportOptionalMemberAccess]
+        init_kwargs["device_map"] = None if on_host else "auto"
     revision = {"revision": init_kwargs["revision"]} if init_kwargs.get("revision") else {}
     config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **revision)
     return model_class(config).from_pretrained(name, trust_remote_code=trust_remote_code, **init_kwargs)
@@ -153,7 +154,7 @@ def set_pad_token(loaded: LoadedModel, pad_token: str | None = None) -> None:
     """
     tokenizer = loaded.tokenizer
     token = pad_token or tokenizer.pad_token or tokenizer.eos_token
-    if token is None:
+    if not isinstance(token, str):
         raise ValueError(
             "The tokenizer has neither a pad token nor an end token. Set `tokenizer.pad_token` (or `eos_token`) and "
             "pass it as `processing_class`."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from fastalign_kernels.losses.supervised import dft, nll, smoothed_nll
@@ -61,6 +61,11 @@ class SFTConfig(LengthArgs, ModelArgs, AlignConfig):
     loss_type: str = arg(
         "nll", "'nll' (negative log-likelihood) or 'dft' (arXiv:2508.05629).", choices=["nll", "dft", "chunked_nll"]
     )
+
+    @property
+    def skip_preparation(self) -> bool:
+        """Whether the dataset is tokenised already."""
+        return isinstance(self.dataset_kwargs, dict) and bool(self.dataset_kwargs.get("skip_prepare_dataset"))
 
     def __post_init__(self):
         super().__post_init__()
@@ -155,9 +160,8 @@ class SFTTrainer(GivenDataTrainer):
                 FutureWarning,
                 stacklevel=4,
             )
-        self._completion_only = args.completion_only_loss
-        if self._completion_only is None:
-            self._completion_only = "prompt" in sample and "completion" in sample and self._formatting_func is None
+        has_completion = "prompt" in sample and "completion" in sample and self._formatting_func is None
+        self._completion_only = has_completion if args.completion_only_loss is None else args.completion_only_loss
 
     def _check_images(self) -> None:
         args = self.args
@@ -214,7 +218,7 @@ class SFTTrainer(GivenDataTrainer):
         columns = set(dataset.column_names or next(iter(dataset), {}))
         if self.has_images or "seq_lengths" in columns:
             return dataset  # images are processed batch by batch; packed rows are ready
-        if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+        if args.skip_preparation:
             if self._own_collator and "labels" not in columns and columns & {"completion_mask", "assistant_masks"}:
                 raise ValueError(
                     f"The {name} dataset has mask columns but no 'labels', and `skip_prepare_dataset=True` skips "
@@ -240,6 +244,7 @@ class SFTTrainer(GivenDataTrainer):
         if args.shuffle_dataset:
             dataset = dataset.shuffle(seed=args.seed)
         if packing:
+            assert args.max_length is not None  # the config saw to it
             dataset = pack_dataset(dataset, args.max_length, args.packing_strategy)
             dataset = dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
         return dataset
@@ -253,15 +258,15 @@ class SFTTrainer(GivenDataTrainer):
                 max_length=args.max_length,
                 completion_only_loss=self._completion_only,
                 assistant_only_loss=args.assistant_only_loss,
-                pad_to_multiple_of=args.pad_to_multiple_of,
+                pad_to_multiple_of=args.padding_multiple,
                 text_field=args.dataset_text_field,
                 chat_template=self._chat_template,
             )
         return TokenCollator(
-            pad_token_id=self.loaded.tokenizer.pad_token_id,
+            pad_token_id=cast(int, self.loaded.tokenizer.pad_token_id),
             flat=self.policy.flat,
             vocab_size=self.model.get_input_embeddings().weight.shape[0],
-            pad_to_multiple_of=args.pad_to_multiple_of,
+            pad_to_multiple_of=args.padding_multiple,
         )
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -286,11 +291,11 @@ class SFTTrainer(GivenDataTrainer):
             smoothed = ("mean_logp",) if self.args.label_smoothing_factor > 0 else ()
             wanted = ("logp", "entropy", "top1", *smoothed)
             scored = token_loss(model, inputs, self._loss_of_chunk(inputs, norm), outputs=wanted, **router)
-            loss = scored.loss
+            loss = cast(Tensor, scored.loss)
         loss = self.over_ranks(loss, num_items_in_batch)
         loss = self.with_router_loss(loss, scored.aux_loss, num_items_in_batch)
-        self.metrics.mean("entropy", scored.stats.entropy.sum(), inputs.num_scored)
-        self.metrics.mean("mean_token_accuracy", scored.stats.top1.sum(), inputs.num_scored)
+        for name, values in {"entropy": scored.stats.entropy, "mean_token_accuracy": scored.stats.top1}.items():
+            self.metrics.mean(name, cast(Tensor, values).sum(), inputs.num_scored)
         self.metrics.tokens(inputs.num_tokens)
         if not return_outputs:
             return loss
