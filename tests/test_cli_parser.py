@@ -156,3 +156,13 @@ def test_errors_in_the_file(tmp_path, text, message):
 def test_errors_on_the_command_line(line, message):
     with pytest.raises(ValueError, match=message):
         parse(*line)
+
+
+def test_given_options_are_those_that_differ_from_the_defaults(tmp_path):
+    parser = AlignParser(Settings)
+    own, _ = parser.read_config_option(
+        ["--config", config_file(tmp_path, "size: 4\nstrategy: no\nkeep: true"), "--no_keep"]
+    )
+    assert parser.given(parser.parse_known_args(own)[0]) == {"size": 4, "keep": False}
+    parser = AlignParser(fastalign.SFTConfig)
+    assert parser.given(parser.parse_known_args([])[0]) == {}

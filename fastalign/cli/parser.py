@@ -41,7 +41,11 @@ class AlignParser(HfArgumentParser):
         super().__init__(types, **({"formatter_class": OptionHelp, "allow_abbrev": False} | kwargs))
         self.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help="YAML file with options.")
         order_groups(self)
-        self._unset = {action.dest: action.default for action in reversed(self._actions)}  # --no_x comes after --x
+        self._unset = {a.dest: self._default_value(a) for a in reversed(self._actions)}  # --no_x comes after --x
+
+    def _default_value(self, action: argparse.Action):
+        is_text = isinstance(action.default, str) and action.default != argparse.SUPPRESS
+        return self._get_value(action, action.default) if is_text else action.default  # as argparse does
 
     # Building
 

@@ -52,6 +52,7 @@ def run(name: str, config_class: type, trainer_class: type, arguments: list[str]
     except ValueError as error:
         parser.error(str(error))
     script_args, training_args, model_args, mixture = settings[:4]
+    _show_log(training_args)
     try:
         trainer = make_trainer(trainer_class, script_args, training_args, model_args, mixture)
         if trainer.is_world_process_zero():
@@ -137,6 +138,13 @@ def model_from_scratch(model_args: ModelConfig, training_args):
         f"({model.num_parameters():,} parameters, seed {training_args.seed})."
     )
     return model, AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust)
+
+
+def _show_log(training_args) -> None:
+    """Print what the library logs, from level `log_level` (info where it is left alone), on the first process."""
+    level = training_args.get_process_log_level() if training_args.log_level != "passive" else logging.INFO
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("fastalign").setLevel(level if training_args.process_index == 0 else logging.ERROR)
 
 
 def _resume_choice(value: str | bool | None) -> str | bool | None:
