@@ -127,7 +127,7 @@ DATA = {
 CUT = {"text": 9, "prompt_completion": 9, "ids": 3, "ids_labels": 2, "ids_masks": 3, "formatting": 9}
 CUT |= {"tools": 110, "json_tools": 110}
 TOOL_TEMPLATE = "{{ greeting }}{% for t in tools or [] %}{{ t | tojson }}{% endfor %}" + CHATML
-MARKED = {"messages", "sharegpt", "chat_completion", "tools", "kwargs"}
+MARKED = ["messages", "sharegpt", "chat_completion", "tools", "kwargs"]
 MARKED_TEMPLATE = "{{ greeting }}{% for t in tools or [] %}{{ t | tojson }}{% endfor %}" + GENERATION_MARKS
 
 
@@ -202,7 +202,8 @@ def test_labels_by_hand():
     parts = ids("the fox"), ids(" dog</s>")
     row = prepare_sft_dataset(text, tokenizer, max_length=None)[0]
     assert row == {"input_ids": parts[0] + parts[1], "labels": [-100] * len(parts[0]) + parts[1]}
-    ended = prepare_sft_dataset(text, tokenizer, max_length=None, eos_token="<|im_end|>")[0]
+    tokenizer.eos_token = "<|im_end|>"
+    ended = prepare_sft_dataset(text, tokenizer, max_length=None)[0]
     assert ended["input_ids"][-1] == 4 and 2 not in ended["input_ids"]
 
 
@@ -276,7 +277,7 @@ def test_cache_follows_the_content(tmp_path, monkeypatch):
     assert prepare(tokenizer_of()) == (False, first)
     assert prepare(other) == (True, first)
     assert prepare(tokenizer_of(), max_length=19)[0]
-    assert prepare(tokenizer_of(), chat_template_kwargs={"x": 1})[0]
+    assert prepare(tokenizer_of(), chat_template=GENERATION_MARKS)[0]
     assert prepare(tokenizer_of("merging"))[0]
     called = tokenizer_of()
     called("some text", padding="max_length", truncation=True, max_length=3)  # leaves its settings in the backend
@@ -345,6 +346,12 @@ WRONG = [
     ({"input_ids": [[3, 4]], "labels": [[3]]}, {}, ValueError, "2 `input_ids` but 1 `labels`"),
     ({"input_ids": [[0.5]]}, {}, ValueError, "must hold lists of integers"),
     ({"messages": [[user("a")], []]}, {}, ValueError, "holds no messages"),
+    ({"messages": ["[]"]}, {}, ValueError, "list of messages with a `role`, found"),
+    ({"messages": [[{"content": "a"}]]}, {}, ValueError, "list of messages with a `role`, found"),
+    ({"messages": [[user(None)]]}, {}, ValueError, "template fails on a conversation.*NoneType"),
+    ({"prompt": ["a", None], "completion": ["b", "c"]}, {}, ValueError, "column 'prompt' must hold strings.*None"),
+    ({"prompt": [[user("a")]], "completion": ["b"]}, {}, ValueError, "completion is 'b'.*a list of messages"),
+    ({"messages": [[user("a")]], "tools": ["[{"]}, {}, ValueError, "`tools` of a row is text that is no JSON"),
     ({"messages": [[user("a"), assistant("b")]]}, {"assistant_only_loss": True}, RuntimeError, "generation"),
     (
         {"messages": [[user("a")]], "chat_template_kwargs": [{"padding": True}]},
