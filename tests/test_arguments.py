@@ -112,6 +112,9 @@ def test_refused_fields_are_named(name, tmp_path):
         ({"debug": "tpu_metrics_debug"}, "tpu_metrics_debug"),
         ({"train_sampling_strategy": "sorted"}, "train_sampling_strategy='sorted'"),
         ({"token_budget": 0}, "token_budget"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1, found 0"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1"),
+        ({"max_grad_norm": None}, "max_grad_norm=None"),
     ],
 )
 def test_refused_values_are_named(options, named, tmp_path):

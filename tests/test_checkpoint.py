@@ -259,6 +259,8 @@ def test_exchange_with_trl(peft, tmp_path):
     mine.train(resume_from_checkpoint=str(tmp_path / "trl" / "checkpoint-2"))
     assert_same(weights_of(mine), {k: v.clone() for k, v in other.model.state_dict().items()}, 1e-5)
     assert [e["step"] for e in mine.state.log_history[:4]] == [1, 2, 3, 4]
+    tokens = [e["num_tokens"] for e in other.state.log_history[:4]]
+    assert [e["num_tokens"] for e in mine.state.log_history[:4]] == tokens
     for a, b in zip(mine.state.log_history[:4], other.state.log_history[:4], strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
     whole = without_dropout(trainer(tmp_path / "ours", peft=peft, **settings))

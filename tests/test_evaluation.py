@@ -1,5 +1,7 @@
 """Evaluation and prediction against transformers' Trainer, and the loss by hand."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -130,6 +132,19 @@ def test_token_batches_are_padded_where_logits_are_wanted(tmp_path):
     assert collator.flat
     packed = data.add_column("seq_lengths", [[len(ids)] for ids in data["input_ids"]])
     assert ours.get_eval_dataloader(packed).collate_fn.flat
+
+
+def test_kept_loaders_are_those_of_their_set_and_purpose(tmp_path):
+    collator = TokenCollator(pad_token_id=0, flat=True)
+    workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    trainer = make("ours", tmp_path, data_collator=collator, **workers)
+    data = tiny_rows(4, 1)
+    flat = trainer.get_eval_dataloader(data)
+    assert trainer.get_eval_dataloader(data) is flat and flat.collate_fn.flat
+    assert not trainer.get_test_dataloader(data).collate_fn.flat
+    known = weakref.ref(data)
+    del data
+    assert known() is not None  # else its id could come back with another set
 
 
 def test_labels_of_token_batches():

@@ -309,6 +309,29 @@ def test_training_twice_goes_on_with_the_weights(tmp_path):
     assert second < first - 0.2 and trainer.state.global_step == 4
 
 
+def test_trainers_of_one_process_keep_their_precision(tmp_path):
+    alone = make("ours", tmp_path, bf16=True, max_steps=2)
+    alone.train()
+    mixed = make("ours", tmp_path, bf16=True, max_steps=2)
+    full = make("ours", tmp_path, max_steps=2, eval_dataset=tiny_rows(4, 1))
+    full.evaluate()
+    mixed.train()
+    full.train()
+    assert_same_run(mixed, alone)
+    assert history(full)[1]["loss"] != history(alone)[0]["loss"]
+    args = [make("ours", tmp_path, bf16=bf16).args for bf16 in (True, False)]
+    for settings, expected in zip(args[::-1], ("no", "bf16"), strict=True):  # configs made before the trainers
+        assert Trainer(tiny_model(), settings).accelerator.mixed_precision == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "kwargs"), [("linear", {"num_cyles": 2}), ("warmup_stable_decay", {}), ("cosine_with_min_lr", {})]
+)
+def test_arguments_of_schedules_are_checked(kind, kwargs, tmp_path):
+    with pytest.raises(ValueError, match="lr_scheduler_kwargs"):
+        make("ours", tmp_path, lr_scheduler_type=kind, lr_scheduler_kwargs=kwargs).train()
+
+
 def test_hyperparameter_search_is_refused_by_name(tmp_path):
     trainer = make("ours", tmp_path)
     with pytest.raises(NotImplementedError, match="hyperparameter_search"):

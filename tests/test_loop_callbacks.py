@@ -1,8 +1,11 @@
 """Callbacks see and steer the loop as they do transformers' Trainer."""
 
 import pytest
+import torch
 import transformers
-from tiny_training import assert_same_run, make, tiny_rows
+from tiny_training import assert_same_run, assert_same_values, make, tiny_rows, weights
+
+from fastalign.loop import Trainer
 
 EVAL = {"eval_strategy": "steps", "eval_steps": 3}
 
@@ -61,6 +64,64 @@ def test_callbacks_can_stop(flag, tmp_path):
     for trainer in runs:
         trainer.train()
     assert_same_run(*runs)
+
+
+class AtSubstep(transformers.TrainerCallback):
+    def __init__(self, act):
+        self.act = act
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        self.act(state, control)
+
+
+def test_step_that_is_stopped_half_way_leaves_no_gradients_and_no_loss(tmp_path):
+    stops = []
+
+    def stop(state, control):
+        if state.global_step == 1 and not stops:
+            stops.append(state.epoch)
+            control.should_epoch_stop = True
+
+    data = {"train_sampling_strategy": "sequential", "num_train_epochs": 2, "lr_scheduler_type": "constant"}
+    stopped = make("ours", tmp_path, callbacks=[AtSubstep(stop)], **data)
+    plain = make("ours", tmp_path, callbacks=[StopAfter(1, "should_epoch_stop")], **data)
+    for trainer in (stopped, plain):
+        trainer.train()
+    assert_same_values(stopped, plain, ("loss", "grad_norm", "train_loss"))
+    assert all(torch.equal(weights(plain)[name], value) for name, value in weights(stopped).items())
+
+
+def test_callbacks_may_evaluate_amid_a_step(tmp_path):
+    modes = []
+
+    class Watched(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            modes.append((model.training, num_items_in_batch is not None))
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    act = lambda state, control: trainer.evaluate(tiny_rows(3, 1))  # noqa: E731
+    trainer = make("ours", tmp_path, cls=Watched, callbacks=[AtSubstep(act)], max_steps=2)
+    trainer.train()
+    assert set(modes) == {(True, True), (False, False)}
+
+
+def test_hooks_that_the_loop_never_calls_are_named(tmp_path, caplog):
+    class Own(Trainer):
+        def compute_loss(self, *args, **kwargs):
+            return super().compute_loss(*args, **kwargs)
+
+        def create_optimizer_and_scheduler(self, num_training_steps):
+            raise AssertionError
+
+        def evaluation_loop(self, *args, **kwargs):
+            raise AssertionError
+
+    make("ours", tmp_path, cls=Own)
+    (message,) = [record.getMessage() for record in caplog.records if "overrides" in record.getMessage()]
+    assert "Own overrides create_optimizer_and_scheduler, evaluation_loop of transformers.Trainer" in message
+    caplog.clear()
+    make("ours", tmp_path)
+    assert "overrides" not in caplog.text
 
 
 def test_callbacks_are_added_and_removed(tmp_path):

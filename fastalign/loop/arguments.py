@@ -7,6 +7,7 @@ import inspect
 import logging
 
 import torch
+from transformers import Trainer as TransformersTrainer
 from transformers import TrainingArguments, trainer_pt_utils
 from transformers.trainer_utils import has_length
 
@@ -76,6 +77,11 @@ def check_arguments(args) -> None:
             raise ValueError(f"{name}={value!r} is not supported: {instead}.")
     if args.train_sampling_strategy not in SAMPLING:
         raise ValueError(f"train_sampling_strategy={args.train_sampling_strategy!r}; allowed: {', '.join(SAMPLING)}.")
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name} must be at least 1, found {getattr(args, name)}.")
+    if args.max_grad_norm is None:
+        raise ValueError("max_grad_norm=None: it must be a number; 0 switches clipping off.")
     _check_accelerator_config(args.accelerator_config)
     if args.fp16 and args.device.type == "cpu":
         raise ValueError("fp16=True needs a GPU: on the CPU set bf16=True, or neither for fp32.")
@@ -110,6 +116,18 @@ def _differs_from_default(args, field: dataclasses.Field) -> bool:
     if field.default_factory is not dataclasses.MISSING:
         default = field.default_factory()
     return default is not dataclasses.MISSING and getattr(args, field.name, default) != default
+
+
+def warn_of_unused_hooks(cls: type, trainer: type) -> None:
+    """Name what a subclass overrides of transformers' Trainer but our loop never calls."""
+    own = {name for part in cls.__mro__[: cls.__mro__.index(trainer)] for name in vars(part)}
+    called = set(dir(trainer)) - {"create_optimizer_and_scheduler"}
+    if unused := sorted(own & set(dir(TransformersTrainer)) - called):
+        logger.warning(
+            "%s overrides %s of transformers.Trainer, which this trainer has not, or does not call: without effect.",
+            cls.__name__,
+            ", ".join(unused),
+        )
 
 
 def check_inputs(trainer) -> None:

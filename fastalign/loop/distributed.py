@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DataLoaderConfiguration,
     DistributedDataParallelKwargs,
@@ -50,6 +51,7 @@ def make_accelerator(args) -> Accelerator:
         kwargs["fsdp_plugin"] = FullyShardedDataParallelPlugin()  # reads what `accelerate launch` was told
     if args.parallelism_config is not None:
         kwargs["parallelism_config"] = args.parallelism_config
+    AcceleratorState._reset_state()  # an earlier trainer of this process may have had another precision
     accelerator = Accelerator(**kwargs)
     if accelerator.distributed_type == DistributedType.MULTI_CPU and "fsdp_plugin" in kwargs:
         _shard_on_cpu(accelerator, kwargs["fsdp_plugin"])
@@ -62,6 +64,11 @@ def make_accelerator(args) -> Accelerator:
 
         propagate_args_to_deepspeed(accelerator, args)
     return accelerator
+
+
+def use_precision(trainer) -> None:
+    """Accelerate has one precision per process, that of the trainer made last: go back to this one's."""
+    trainer.accelerator.state._mixed_precision = trainer.args.mixed_precision
 
 
 def _ddp_settings(args) -> DistributedDataParallelKwargs:

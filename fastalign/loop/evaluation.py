@@ -24,16 +24,16 @@ from transformers.trainer_utils import (
 from ..data.batch import TokenBatch
 from ..data.collate import TokenCollator
 from .batching import StepSampler, make_loader
-from .distributed import is_fsdp, prepare_model
+from .distributed import is_fsdp, prepare_model, use_precision
 from .model_inputs import labels_of
 from .optimization import watched_metric
 
 
 def eval_loader(trainer, dataset, wants_logits: bool):
     """The loader of an evaluation set. Logits are wanted of padded rows, unless the rows are packed."""
-    loaders = trainer._eval_loaders
-    if id(dataset) in loaders:
-        return loaders[id(dataset)]
+    loaders, key = trainer._eval_loaders, (id(dataset), wants_logits)
+    if key in loaders:
+        return loaders[key][0]
     collator = trainer.data_collator
     packed = "seq_lengths" in (getattr(dataset, "column_names", None) or ())
     if wants_logits and isinstance(collator, TokenCollator) and collator.flat and not packed:
@@ -41,7 +41,7 @@ def eval_loader(trainer, dataset, wants_logits: bool):
         collator.flat = False
     loader = make_loader(trainer, dataset, trainer.args.eval_batch_size, training=False, collator=collator)
     if trainer.args.dataloader_persistent_workers:
-        loaders[id(dataset)] = loader
+        loaders[key] = loader, dataset  # which keeps its id from being given to another
     return loader
 
 
@@ -114,6 +114,7 @@ def evaluation_loop(trainer, loader, loss_only: bool | None, ignore_keys, prefix
 
 def _ready_for_evaluation(trainer):
     args, accelerator = trainer.args, trainer.accelerator
+    use_precision(trainer)
     if not accelerator._models and trainer.model_wrapped is trainer.model:
         start = time.time()
         if is_fsdp(accelerator):
@@ -156,7 +157,7 @@ def predict_batch(trainer, model, inputs: Any, loss_only: bool, ignore_keys=None
     inputs = trainer._prepare_inputs(inputs)
     if isinstance(inputs, TokenBatch):
         return _predict_tokens(trainer, model, inputs, loss_only)
-    with torch.no_grad():
+    with torch.no_grad(), trainer.compute_loss_context_manager():
         labels = tuple(inputs.get(name) for name in trainer.label_names)
         has_labels = bool(labels) and all(label is not None for label in labels)
         loss, outputs = None, None
@@ -178,7 +179,7 @@ def predict_batch(trainer, model, inputs: Any, loss_only: bool, ignore_keys=None
 
 
 def _predict_tokens(trainer, model, inputs: TokenBatch, loss_only: bool):
-    with torch.no_grad():
+    with torch.no_grad(), trainer.compute_loss_context_manager():
         if loss_only:
             return trainer.compute_loss(model, inputs).detach(), None, None
         loss, outputs = trainer.compute_loss(model, inputs, return_outputs=True)

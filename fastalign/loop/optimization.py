@@ -68,13 +68,12 @@ def _keep_embeddings_in_fp32(model: nn.Module) -> None:
 
 def create_scheduler(args, optimizer: torch.optim.Optimizer, num_steps: int):
     """The learning-rate schedule that `args.lr_scheduler_type` names, over `num_steps` optimizer steps."""
-    return get_scheduler(
-        args.lr_scheduler_type,
-        optimizer=optimizer,
-        num_warmup_steps=args.get_warmup_steps(num_steps),
-        num_training_steps=num_steps,
-        scheduler_specific_kwargs=args.lr_scheduler_kwargs,
-    )
+    warmup, options = args.get_warmup_steps(num_steps), args.lr_scheduler_kwargs
+    try:
+        return get_scheduler(args.lr_scheduler_type, optimizer, warmup, num_steps, scheduler_specific_kwargs=options)
+    except TypeError as error:
+        name = f"lr_scheduler_type={args.lr_scheduler_type.value!r}"
+        raise ValueError(f"lr_scheduler_kwargs={options!r} does not fit {name}: {error}.") from error
 
 
 def learning_rate(trainer) -> float:

@@ -44,6 +44,8 @@ def restore_counters(trainer) -> None:
     state = trainer.state
     saved = state.stateful_callbacks.get(RunCounters.__name__) or {}
     counts = dict(saved.get("attributes", {}).get("counts", {}))
+    logged = [entry["num_tokens"] for entry in state.log_history if "num_tokens" in entry]
+    counts |= {"num_tokens": logged[-1]} if logged and not saved else {}  # TRL logs it, but starts anew
     counts.setdefault("num_input_tokens_seen", state.num_input_tokens_seen)
     counts.setdefault("total_flos", state.total_flos)
     trainer.metrics.set_counts(counts)

@@ -23,7 +23,7 @@ def _keep_attention(ops: set, ctx, op, *args, **kwargs) -> CheckpointPolicy:
 
 
 def enable_selective_checkpointing(model) -> None:
-    """Make `model.gradient_checkpointing_enable` keep attention outputs, whoever calls it; calling twice is harmless."""
+    """Make `model.gradient_checkpointing_enable` keep attention outputs, whoever calls it; twice is harmless."""
     enable = model.gradient_checkpointing_enable
     if getattr(enable, "keeps_attention", False):
         return

@@ -39,6 +39,11 @@ def run_epoch(trainer, loader, plan: TrainingPlan, epoch: int, skip: int = 0, re
         run_step(trainer, batches, epoch + done / plan.batches_per_epoch)
         if trainer.control.should_epoch_stop or trainer.control.should_training_stop:
             break
+    if done == 0 and trainer.state.global_step == 0:
+        raise ValueError(
+            "The training data gave no batch. If it is a stream, its rows were all dropped or filtered out: raise "
+            "`max_length`, or check the filters and masks."
+        )
     if done == 0:
         logger.warning("The data gave no batch in epoch %d: training stops at %d.", epoch, trainer.state.global_step)
         trainer.control.should_training_stop = True
@@ -56,10 +61,12 @@ def _set_epoch(loader, epoch: int) -> None:
 def run_step(trainer, batches: list, epoch: float) -> None:
     """One optimizer step: forward and backward of its micro-batches, clip, update, schedule, log."""
     args, accelerator, handler = trainer.args, trainer.accelerator, trainer.callback_handler
-    if not accumulate_gradients(trainer, batches):
+    loss = accumulate_gradients(trainer, batches)
+    if loss is None:
         return
     trainer.window.grad_norm = optimization.clip_gradients(trainer, trainer.model_wrapped)
-    refuse_non_finite(trainer)
+    refuse_non_finite(trainer, loss)
+    trainer.window.loss += loss
     trainer.control = handler.on_pre_optimizer_step(args, trainer.state, trainer.control)
     trainer.optimizer.step()
     trainer.control = handler.on_optimizer_step(args, trainer.state, trainer.control)
@@ -74,31 +81,38 @@ def run_step(trainer, batches: list, epoch: float) -> None:
     trainer._log_evaluate_save()
 
 
-def accumulate_gradients(trainer, batches: list) -> bool:
-    """Add up the gradients of a step; False if a callback stopped it half way."""
+def accumulate_gradients(trainer, batches: list) -> Tensor | None:
+    """Add up the gradients of a step; returns its loss, 0-dim, or None (none are left) if a callback stopped it."""
     model, accelerator, handler = trainer.model_wrapped, trainer.accelerator, trainer.callback_handler
-    if not model.training:
-        model.train()
-    if callable(getattr(trainer.optimizer, "train", None)):
-        trainer.optimizer.train()
     trainer.current_gradient_accumulation_steps = len(batches)
     num_items, shares = num_items_in_step(trainer, batches), mean_shares(trainer, batches)
     always_sync = accelerator.distributed_type == DistributedType.DEEPSPEED
     always_sync = always_sync or accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
+    loss = torch.zeros((), device=trainer.args.device)
     for i, inputs in enumerate(batches):
         last = i == len(batches) - 1
         accelerator.gradient_state._set_sync_gradients(last)
         if i == 0:
             trainer.control = handler.on_step_begin(trainer.args, trainer.state, trainer.control)
+        _set_training_mode(trainer)
         with contextlib.nullcontext() if last or always_sync else accelerator.no_sync(model):
             trainer._loss_share = shares[i]
-            trainer.window.loss += trainer.training_step(model, inputs, num_items)
+            loss += trainer.training_step(model, inputs, num_items)
         _count_inputs(trainer, inputs)
         if not last:
             trainer.control = handler.on_substep_end(trainer.args, trainer.state, trainer.control)
             if trainer.control.should_epoch_stop or trainer.control.should_training_stop:
-                return False
-    return True
+                model.zero_grad()
+                return None
+    return loss
+
+
+def _set_training_mode(trainer) -> None:
+    """Back to training: a callback may have evaluated or generated since the last micro-batch."""
+    if not (trainer.model.training and trainer.model_wrapped.training):
+        trainer.model_wrapped.train()
+    if callable(getattr(trainer.optimizer, "train", None)):
+        trainer.optimizer.train()
 
 
 def num_items_in_step(trainer, batches: list) -> int | Tensor | None:
@@ -119,22 +133,22 @@ def mean_shares(trainer, batches: list) -> list[float]:
     return [n / sum(segments) for n in segments]
 
 
-def refuse_non_finite(trainer) -> None:
+def refuse_non_finite(trainer, loss: Tensor) -> None:
     """Stop before a loss or gradient that is not finite reaches the weights: one sync per step.
 
     fp16 is exempt (its scaler skips such steps). `logging_nan_inf_filter=False` trains on and logs what comes.
     """
     if trainer.accelerator.scaler is not None or not trainer.args.logging_nan_inf_filter:
         return
-    if torch.isfinite(trainer.window.grad_norm + trainer.window.loss).item():
+    if torch.isfinite(trainer.window.grad_norm + loss).item():
         return
     trainer.model_wrapped.zero_grad()
     step = trainer.state.global_step
     raise FloatingPointError(
-        f"Step {step + 1}: the loss ({trainer.window.loss.item():g}, summed since the last log) or the gradient norm "
-        f"({trainer.window.grad_norm.item():g}) is not finite. The weights are unchanged, those of step {step}; last "
-        f"checkpoint: {checkpoint.find_last_checkpoint(trainer.args.output_dir) or 'none'}. Lower learning_rate, look "
-        "for broken examples in this step, train in bf16 or fp32, or set logging_nan_inf_filter=False to train on."
+        f"Step {step + 1}: the loss ({loss.item():g}) or the gradient norm ({trainer.window.grad_norm.item():g}) is "
+        f"not finite. The weights are unchanged, those of step {step}; last checkpoint: "
+        f"{checkpoint.find_last_checkpoint(trainer.args.output_dir) or 'none'}. Lower learning_rate, look for broken "
+        "examples in this step, train in bf16 or fp32, or set logging_nan_inf_filter=False to train on."
     )
 
 

@@ -32,10 +32,10 @@ from ..config import AlignConfig
 from ..data.batch import TokenBatch
 from ..metrics import Metrics
 from . import checkpoint, evaluation, hub, optimization, reporting, steps
-from .arguments import check_arguments, check_inputs
+from .arguments import check_arguments, check_inputs, warn_of_unused_hooks
 from .batching import list_lengths, make_loader
 from .checkpoint_files import rotate
-from .distributed import make_accelerator, prepare_model
+from .distributed import make_accelerator, prepare_model, use_precision
 from .model_inputs import accepts_loss_kwargs, count_items, default_collator, model_loss, signature_columns
 from .model_setup import place_model, ready_for_training
 from .offload import offload_activations
@@ -92,6 +92,7 @@ class Trainer(RunOutputs):
         self.optimizer, self.lr_scheduler = optimizers
         self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs
         check_inputs(self)
+        warn_of_unused_hooks(type(self), Trainer)
         self.label_names = (
             find_labels(type(unwrap_peft_model(self.model))) if args.label_names is None else args.label_names
         )
@@ -99,7 +100,7 @@ class Trainer(RunOutputs):
         self.label_smoother = LabelSmoother(args.label_smoothing_factor) if args.label_smoothing_factor else None
         self.metrics = Metrics(args.device, self._sum_over_ranks if self.world > 1 else None)
         self._signature_columns: list[str] | None = None
-        self._eval_loaders: dict[int, Any] = {}
+        self._eval_loaders: dict[tuple[int, bool], tuple] = {}
         self._ignore_keys = None
         self.current_batch = None  # the micro-batch in the model, while training
         self._loss_share = 1.0  # its weight in the step, where losses are means
@@ -186,6 +187,7 @@ class Trainer(RunOutputs):
         if trial is not None:
             raise NotImplementedError("hyperparameter_search (trial) is not supported: start one run per setting.")
         self._memory_tracker.start()
+        use_precision(self)
         wish = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         wish = {"true": True, "false": False}.get(str(wish).lower(), wish)
         path = checkpoint.checkpoint_to_resume(self, wish)
@@ -253,7 +255,7 @@ class Trainer(RunOutputs):
     def training_step(self, model: nn.Module, inputs, num_items_in_batch=None) -> Tensor:
         """Forward and backward of one micro-batch; returns its share of the step's loss, 0-dim, detached."""
         self.current_batch = inputs = self._prepare_inputs(inputs)
-        with self.activation_context():
+        with self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         del inputs
         every = self.args.torch_empty_cache_steps
@@ -280,8 +282,8 @@ class Trainer(RunOutputs):
         """Scored tokens of a micro-batch on the host; None where the loss is a mean that nothing can normalise."""
         return count_items(self, inputs)
 
-    def activation_context(self) -> contextlib.AbstractContextManager:
-        """What forward and backward of a micro-batch run under (activation offloading)."""
+    def compute_loss_context_manager(self) -> contextlib.AbstractContextManager:
+        """What `compute_loss` runs under (activation offloading)."""
         wanted = getattr(self.args, "activation_offloading", False)
         return offload_activations(self.model_wrapped) if wanted else contextlib.nullcontext()
 
