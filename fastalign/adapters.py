@@ -20,11 +20,6 @@ def is_peft_model(model) -> bool:
     return isinstance(model, PeftModel)
 
 
-def base_model(model):
-    """The Transformers model below the adapters, or `model` itself."""
-    return model.get_base_model() if is_peft_model(model) else model
-
-
 def add_adapter(loaded: LoadedModel, peft_config, args) -> None:
     """Wrap `loaded.model` with `peft_config` (None: leave it) and prepare adapters for training.
 
@@ -34,7 +29,7 @@ def add_adapter(loaded: LoadedModel, peft_config, args) -> None:
     if peft_config is not None:
         _check_config(loaded.model, peft_config)
         if loaded.added_tokens:
-            _train_added_tokens(peft_config, loaded.added_tokens)
+            _train_added_tokens(loaded.model, peft_config, loaded.added_tokens)
         from peft import get_peft_model
 
         options = {}
@@ -75,19 +70,27 @@ def _check_config(model, peft_config) -> None:
         )
 
 
-def _train_added_tokens(peft_config, added_tokens: list[int]) -> None:
+def _train_added_tokens(model, peft_config, added_tokens: list[int]) -> None:
     """Let the embeddings of tokens that a cloned chat template added, and the head, be trained."""
+    embedding, head = _name_of(model, model.get_input_embeddings()), _name_of(model, model.get_output_embeddings())
     trainable = peft_config.trainable_token_indices or {}
-    trainable["embed_tokens"] = [*trainable.get("embed_tokens", []), *added_tokens]
+    trainable = trainable if isinstance(trainable, dict) else {embedding: trainable}  # a list means the embedding
+    trainable[embedding] = [*trainable.get(embedding, []), *added_tokens]
     peft_config.trainable_token_indices = trainable
     saved = list(peft_config.modules_to_save or [])
-    if "lm_head" not in saved:
+    is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight  # then PEFT trains both rows
+    if head not in saved and not is_tied:
         logger.warning(
-            "The cloned chat template added tokens, so 'lm_head' is added to `modules_to_save` of the PEFT config: "
-            "without "
-            "it the model could not learn to generate them."
+            "The cloned chat template added tokens, so %r is added to `modules_to_save` of the PEFT config: without "
+            "it the model could not learn to generate them.",
+            head,
         )
-        peft_config.modules_to_save = [*saved, "lm_head"]
+        peft_config.modules_to_save = [*saved, head]
+
+
+def _name_of(model, module) -> str:
+    """Last part of the name of a submodule ("embed_tokens", "wte", "lm_head", ...)."""
+    return next(name for name, found in model.named_modules() if found is module).rpartition(".")[2]
 
 
 def _zero3(args) -> bool:

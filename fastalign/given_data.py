@@ -11,8 +11,8 @@ from transformers import TrainingArguments, set_seed
 
 from .adapters import add_adapter
 from .config import AlignConfig
-from .data.batch import TokenBatch
 from .data.dict_batches import BatchAdapter
+from .data.formats import first_row, has_images
 from .loop import Trainer
 from .loop.selective import enable_selective_checkpointing
 from .models import LoadedModel, model_name, resolve_model, router_loss_coefficient, set_pad_token
@@ -43,14 +43,18 @@ class GivenDataTrainer(Trainer):
         peft_config=None,
         **loop_arguments,
     ):
+        _check_kinds(model, train_dataset, eval_dataset)
         config: Any = as_config(args, self.config_class, f"{model_name(model).split('/')[-1]}-{self._name}")
         self.args = config
-        sample = first_row(train_dataset)
+        sample = first_row(train_dataset, "train")
         if isinstance(train_dataset, IterableDataset):
             config.accelerator_config.dispatch_batches = False  # batches of ranks differ in length
         set_seed(config.seed)  # adapters start from random weights
         self.loaded = loaded = resolve_model(model, config, quantization_config, processing_class)
-        self.has_images = "image" in sample or "images" in sample
+        self.has_images = has_images(sample)
+        reentrant = (config.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+        if loaded.is_vision and config.ddp_find_unused_parameters is None and not reentrant:
+            config.ddp_find_unused_parameters = True  # a batch without images gives the vision tower no gradient
         self.check(sample)
         self.adapt()
         add_adapter(loaded, peft_config, config)
@@ -99,8 +103,16 @@ class GivenDataTrainer(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Evaluate; a dataset given here is prepared like the one given to the constructor."""
         if eval_dataset is not None and not isinstance(eval_dataset, (str, dict)):  # the loop takes a dict apart
+            _check_dataset("eval_dataset", eval_dataset)
             eval_dataset = self._prepared(eval_dataset, metric_key_prefix, training=False)
         return super().evaluate(eval_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
+
+    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix: str = "test"):
+        """Predict; the dataset is prepared like the ones given to the constructor."""
+        _check_dataset("test_dataset", test_dataset)
+        return super().predict(
+            self._prepared(test_dataset, metric_key_prefix, training=False), ignore_keys, metric_key_prefix
+        )
 
     # What the losses of algorithms share
 
@@ -123,13 +135,6 @@ class GivenDataTrainer(Trainer):
         return loss + self.router_coefficient * aux_loss / steps
 
 
-def unshifted_labels(batch: TokenBatch) -> Tensor:
-    """Labels as Transformers' losses expect them: shaped like `input_ids`, unshifted, -100 where not scored."""
-    labels = batch.input_ids.new_full((batch.input_ids.numel(),), -100)
-    labels[batch.source + 1] = batch.targets
-    return labels.view(batch.input_ids.shape if batch.is_padded else (1, -1))
-
-
 def as_config(args, config_class: type[AlignConfig], output_dir: str) -> AlignConfig:
     """`args` as a `config_class`: the default, itself, or made from plain TrainingArguments."""
     if args is None:
@@ -139,13 +144,18 @@ def as_config(args, config_class: type[AlignConfig], output_dir: str) -> AlignCo
     return config_class(**(args.to_dict() | {"hub_token": args.hub_token}))  # to_dict hides the token
 
 
-def first_row(dataset) -> dict:
-    """The first row of a training set; ValueError where it is missing or empty, TypeError where it is no dataset."""
-    if dataset is None:
+def _check_kinds(model, train_dataset, eval_dataset) -> None:
+    if not isinstance(model, str) and not hasattr(model, "config"):
+        raise TypeError(f"`model` must be a name, a PreTrainedModel or a PeftModel, got `{type(model).__name__}`.")
+    if train_dataset is None:
         raise ValueError("`train_dataset` is required")
+    _check_dataset("train_dataset", train_dataset)
+    parts = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+    for part in parts:
+        if eval_dataset is not None:
+            _check_dataset("eval_dataset", part)
+
+
+def _check_dataset(name: str, dataset) -> None:
     if not isinstance(dataset, (Dataset, IterableDataset)):
-        raise TypeError(f"`train_dataset` must be a `Dataset` or `IterableDataset`, got `{type(dataset).__name__}`.")
-    row = next(iter(dataset), None)
-    if row is None:
-        raise ValueError("`train_dataset` is empty: there is nothing to train on.")
-    return row
+        raise TypeError(f"`{name}` must be a `Dataset` or `IterableDataset`, got `{type(dataset).__name__}`.")

@@ -170,7 +170,9 @@ def set_chat_template(loaded: LoadedModel, path: str | None) -> None:
     """Take the chat template from a Jinja file, or clone it (with its tokens) from another tokenizer."""
     if path is None:
         return
-    if os.path.isfile(path) and path.endswith((".jinja", ".j2")):
+    if path.endswith((".jinja", ".j2")):
+        if not os.path.isfile(path):
+            raise ValueError(f"`chat_template_path` is {path!r}, but there is no such file.")
         with open(path, encoding="utf-8") as file:
             loaded.processing_class.chat_template = file.read()
         return

@@ -213,6 +213,55 @@ def test_evaluate_prepares_a_dataset_it_is_given(tmp_path):
     assert trainer.evaluate(_rows("completion", 8))["eval_loss"] == pytest.approx(both["eval_a_loss"])
 
 
+def test_predict_prepares_a_dataset_it_is_given(tmp_path):
+    trainer = _train(tmp_path, steps=1)
+    rows = _rows("completion", 6)
+    assert trainer.predict(rows).metrics["test_loss"] == pytest.approx(trainer.evaluate(rows)["eval_loss"])
+
+
+def test_transform_may_give_the_tokens(tmp_path):
+    settings = {"remove_unused_columns": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
+    ready = _train(tmp_path / "a", steps=1).train_dataset  # prepared rows
+    plain = _losses(_train(tmp_path / "b", ready))
+    rows = Dataset.from_dict({"number": range(len(ready))}).with_transform(lambda batch: ready[batch["number"]])
+    assert np.array_equal(_losses(_train(tmp_path / "c", rows, **settings)), plain)
+
+
+def test_loss_of_the_user_trains_the_router_too(tmp_path):
+    def loss_of_user(outputs, labels, num_items_in_batch):
+        logits = outputs.logits[:, :-1].flatten(0, 1)
+        return torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / num_items_in_batch
+
+    runs = [
+        _train(tmp_path / str(i), family="qwen3_moe", router_aux_loss_coef=2.0, **more)
+        for i, more in enumerate([{}, {"compute_loss_func": loss_of_user}])
+    ]
+    np.testing.assert_allclose(_losses(runs[1]), _losses(runs[0]), rtol=2e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])  # head apart, tied, other names
+def test_adapters_train_the_tokens_of_a_cloned_template(family, tmp_path):
+    other = copy.deepcopy(tiny_tokenizer())
+    other.add_special_tokens({"additional_special_tokens": ["<|new|>"]})
+    other.chat_template = other.chat_template.replace("<|im_start|>", "<|new|>")
+    other.save_pretrained(tmp_path / "other")
+    config = _lora(trainable_token_indices=[5])
+    config.target_modules = "all-linear"
+    model = tiny_model(family)
+    embedding = model.get_input_embeddings().weight
+    before = embedding.detach().clone()
+    trainer = _train(
+        tmp_path, _rows("chat"), model=model, peft_config=config, chat_template_path=str(tmp_path / "other")
+    )
+    after = trainer.model.merge_and_unload().get_input_embeddings().weight.detach()
+    new = trainer.processing_class.convert_tokens_to_ids("<|new|>")
+    changed = (after[: len(before)] != before).any(1).nonzero().flatten().tolist()
+    assert set(changed) <= {5} and new >= len(before)
+    assert trainer.processing_class.chat_template == other.chat_template
+    saved = config.modules_to_save or []
+    assert saved == (["lm_head"] if family == "llama" else [])
+
+
 def test_streaming_equals_map_style(plain, tmp_path):
     trainer = _train(tmp_path, _rows("completion").to_iterable_dataset(), train_sampling_strategy="sequential")
     stored = _train(tmp_path, _rows("completion"), train_sampling_strategy="sequential")
@@ -260,6 +309,26 @@ ERRORS = {  # name -> (exception, words of the message, what is passed)
         "scored",
         {"data": Dataset.from_dict({"input_ids": [[5, 6, 7]] * 4, "labels": [[-100] * 3] * 4})},
     ),
+    "model": (TypeError, "`model` must be", {"model": torch.nn.Linear(2, 2)}),
+    "evaluation list": (TypeError, "`eval_dataset` must be .* got `list`", {"eval_dataset": [{"text": "a"}]}),
+    "collator and packing": (ValueError, "data_collator", {"data_collator": dict, "packing": True}),
+    "collator and padding-free": (ValueError, "data_collator", {"data_collator": dict, "padding_free": True}),
+    "no template file": (ValueError, "no such file", {"chat_template_path": "missing.jinja"}),
+    "stream of dropped rows": (
+        ValueError,
+        "no batch",
+        {"data": _rows("completion").to_iterable_dataset(), "max_length": 2},
+    ),
+    "raw rows not prepared": (ValueError, "none of which", {"dataset_kwargs": {"skip_prepare_dataset": True}}),
+    "masks that a collator never sees": (
+        ValueError,
+        "no 'labels'",
+        {
+            "data": Dataset.from_dict({"input_ids": [[5, 6]] * 4, "completion_mask": [[0, 1]] * 4}),
+            "dataset_kwargs": {"skip_prepare_dataset": True},
+            "data_collator": dict,
+        },
+    ),
     "ids outside the vocabulary": (ValueError, "331", {"data": Dataset.from_dict({"input_ids": [[5, 6, 700]] * 8})}),
 }
 
@@ -287,6 +356,8 @@ def test_wrong_input_is_named(case, tmp_path):
         ({"gradient_checkpointing_kwargs": {"selective": True, "use_reentrant": True}}, "reentrant"),
         ({"gradient_checkpointing_kwargs": {"selective": True}, "gradient_checkpointing": False}, "selective"),
         ({"token_budget": 0}, "token_budget"),
+        ({"pad_to_multiple_of": "abc"}, "'abc'; use a number"),
+        ({"pad_to_multiple_of": 0}, "is 0; use a number"),
         ({"loss_type": "dft", "label_smoothing_factor": 0.1}, "label_smoothing_factor"),
     ],
     ids=str,

@@ -348,7 +348,7 @@ WRONG = [
     ({"messages": [[user("a")], []]}, {}, ValueError, "holds no messages"),
     ({"messages": ["[]"]}, {}, ValueError, "list of messages with a `role`, found"),
     ({"messages": [[{"content": "a"}]]}, {}, ValueError, "list of messages with a `role`, found"),
-    ({"messages": [[user(None)]]}, {}, ValueError, "template fails on a conversation.*NoneType"),
+    ({"messages": [[user("a")], [user(None)]]}, {}, ValueError, "template fails with TypeError.*'content': None"),
     ({"prompt": ["a", None], "completion": ["b", "c"]}, {}, ValueError, "column 'prompt' must hold strings.*None"),
     ({"prompt": [[user("a")]], "completion": ["b"]}, {}, ValueError, "completion is 'b'.*a list of messages"),
     ({"messages": [[user("a")]], "tools": ["[{"]}, {}, ValueError, "`tools` of a row is text that is no JSON"),

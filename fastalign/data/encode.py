@@ -9,9 +9,11 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -89,6 +91,7 @@ class Encoder:
         marks: bool = False,
     ) -> tuple[Ids, Ids | None]:
         """Ids of each conversation, and with `marks` the 0/1 masks of what the assistant says."""
+        check_conversations(conversations)
         if not self.is_fast:
             return self._one_by_one(conversations, settings, generation_prompt, marks)
         texts, spans = self.render(conversations, settings, generation_prompt, marks)
@@ -106,22 +109,26 @@ class Encoder:
         marks: bool = False,
     ) -> tuple[list[str], list[list[tuple[int, int]]]]:
         """Text of each conversation, and with `marks` the character spans of its `{% generation %}` blocks."""
-        if not all(conversations):
-            raise ValueError("A row holds no messages; a conversation needs at least one. Filter such rows out.")
         texts = [""] * len(conversations)
         spans: list[list[tuple[int, int]]] = [[] for _ in conversations]
         for members, arguments in _groups(settings, len(conversations)):
             arguments: dict[str, Any] = {"chat_template": self.chat_template} | arguments
             tools = arguments.pop("tools", None)
             template = self.processing_class.get_chat_template(arguments.pop("chat_template"), tools)
-            output: Any = render_jinja_template(
-                conversations=[conversations[i] for i in members],
+            render: Callable[..., Any] = partial(
+                render_jinja_template,
                 tools=tools,
                 chat_template=template,
                 return_assistant_tokens_mask=marks,
                 add_generation_prompt=generation_prompt,
                 **(self.processing_class.special_tokens_map | arguments),
             )
+            try:
+                output = render([conversations[i] for i in members])
+            except (TemplateError, TypeError):
+                for i in members:
+                    _render_alone(render, conversations[i])
+                raise
             for i, text in zip(members, output[0], strict=True):
                 texts[i] = text
             if marks:
@@ -161,9 +168,18 @@ class Encoder:
         Texts or messages. The completion starts where the ids of the prompt alone and of the whole part, which is not
         always behind the prompt; then a warning is given once.
         """
+        is_text = bool(prompts) and isinstance(prompts[0], str)
+        if not is_text:
+            check_conversations(prompts)
+        for column in completions:
+            if wrong := [c for c in column if not isinstance(c, str if is_text else list)]:
+                raise ValueError(
+                    f"A completion is {wrong[0]!r}, but its prompt is {'text' if is_text else 'a list of messages'}; "
+                    "both must be of one kind."
+                )
         wholes = [[p + c for p, c in zip(prompts, column, strict=True)] for column in completions]
         masks = None
-        if prompts and isinstance(prompts[0], str):
+        if is_text:
             prompt_ids, ids = self.texts(prompts), [self.texts(column) for column in wholes]
         elif marks or not self.is_fast:
             prompt_ids, _ = self.conversations(prompts, settings, generation_prompt=True)
@@ -246,22 +262,50 @@ class Encoder:
                     return
 
 
-def row_settings(rows: int, tools: Sequence[Any] | None, kwargs: Sequence[Any] | None, common: dict[str, Any] | None):
+def _render_alone(render: Callable, messages: Messages) -> None:
+    """Raise ValueError with the conversation that the template fails on."""
+    try:
+        render([messages])
+    except (TemplateError, TypeError) as error:
+        raise ValueError(
+            f"The chat template fails with {type(error).__name__}: {error}. Check roles, contents and "
+            f"`chat_template_kwargs` of the conversation {str(messages)[:300]}."
+        ) from error
+
+
+def check_conversations(conversations: Sequence[Any]) -> None:
+    """ValueError unless each row is a list of messages, dicts with a `role`, and not empty."""
+    for messages in conversations:
+        if messages is None or messages == []:
+            raise ValueError("A row holds no messages; a conversation needs at least one. Filter such rows out.")
+        if not isinstance(messages, list) or not all(isinstance(m, dict) and "role" in m for m in messages):
+            raise ValueError(f"A conversation must be a list of messages with a `role`, found {str(messages)[:200]}.")
+
+
+def row_settings(rows: int, tools: Sequence[Any] | None, kwargs: Sequence[Any] | None):
     """Arguments of the chat template for each row, from the columns `tools` and `chat_template_kwargs`; or None.
 
-    `tools` may be JSON text. ValueError for a key that is not the template's.
+    Both may be JSON text. ValueError for a key that is not the template's, and for text that is no JSON.
     """
-    if tools is None and kwargs is None and not common:
+    if tools is None and kwargs is None:
         return None
     settings = []
     for i in range(rows):
-        row_tools = tools[i] if tools is not None else None
-        row_tools = json.loads(row_tools) if isinstance(row_tools, str) else row_tools
-        merged = {"tools": row_tools} | (common or {}) | ((kwargs[i] if kwargs is not None else None) or {})
+        merged = {"tools": _from_json(tools, i, "tools")} | (_from_json(kwargs, i, "chat_template_kwargs") or {})
         if wrong := _NOT_FOR_ROWS & merged.keys():
             raise ValueError(f"`chat_template_kwargs` of a row holds {sorted(wrong)}, which the trainer itself sets.")
         settings.append(merged)
     return settings
+
+
+def _from_json(column: Sequence[Any] | None, row: int, name: str) -> Any:
+    value = None if column is None else column[row]
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"`{name}` of a row is text that is no JSON ({error}): {value[:200]!r}.") from error
 
 
 def _groups(settings: Sequence[dict[str, Any]] | None, rows: int) -> Iterator[tuple[Sequence[int], dict[str, Any]]]:

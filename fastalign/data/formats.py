@@ -32,10 +32,11 @@ def column_names(dataset: AnyDataset) -> list[str]:
 
 
 def first_row(dataset: AnyDataset, name: str = "given") -> dict[str, Any]:
-    """The first row as Python values. ValueError when there is none."""
-    row = next(iter(dataset.with_format(None)), None)
+    """The first row as Python values (or as the dataset's transform gives it). ValueError when there is none."""
+    has_transform = isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
+    row = next(iter(dataset if has_transform else dataset.with_format(None)), None)
     if row is None:
-        raise ValueError(f"The {name} dataset has no rows. Give one with at least one row, or check its split/filter.")
+        raise ValueError(f"The {name} dataset has no rows, it is empty. Check its split and its filters.")
     return row
 
 

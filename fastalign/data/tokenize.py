@@ -47,17 +47,14 @@ def prepare_sft_dataset(
     chat_template: str | None = None,
     num_proc: int | None = None,
     packing: bool = False,
-    eos_token: str | None = None,
     name: str = "train",
-    chat_template_kwargs: dict[str, Any] | None = None,
 ) -> Dataset | IterableDataset:
     """Tokenize a dataset: columns `input_ids` and `labels`, lists of int32, labels -100 where nothing is scored.
 
     `max_length` is in tokens (None: rows stay as long as they are; with `packing` the packer cuts). Rows that
     truncation leaves without a scored token are dropped, not so when packing. `completion_only_loss` None: true for
-    prompt-completion data. `eos_token` None: the tokenizer's; it ends every plain text, never a conversation.
-    `chat_template_kwargs` apply to all rows; the rows' own column of that name goes before. Data that is tokenized
-    already is truncated and masked only. The result is cached by content beside the dataset's own files.
+    prompt-completion data. The tokenizer's end token ends every plain text, never a conversation. Data that is
+    tokenized already is truncated and masked only. The result is cached by content beside the dataset's own files.
     ValueError for what cannot be used, RuntimeError for a conversation without a marked token under
     `assistant_only_loss`.
     """
@@ -79,8 +76,7 @@ def prepare_sft_dataset(
         logger.warning("The %s dataset has `input_ids` already: `formatting_func` is not used.", name)
     _check_choice(kind, row, name, completion_only_loss, assistant_only_loss, formatting_func)
     conversational = kind == "messages" or (kind == "prompt_completion" and is_conversational(row))
-    if kind in ("text", "prompt_completion") and not conversational:
-        eos_token = _end_token(processing_class, eos_token)
+    ends = kind in ("text", "prompt_completion") and not conversational
     step = SFTTokenizer(
         kind=kind,
         encoder=Encoder(processing_class, chat_template),
@@ -92,8 +88,7 @@ def prepare_sft_dataset(
         truncation_mode=truncation_mode,
         text_column=dataset_text_field,
         formatting_func=formatting_func,
-        eos_token=eos_token,
-        chat_template_kwargs=chat_template_kwargs,
+        eos_token=_end_token(processing_class) if ends else "",
         columns=columns,
         name=name,
     )
@@ -134,8 +129,8 @@ def _check_choice(kind, row, name, completion_only: bool, assistant_only: bool, 
         logger.warning("The %s dataset has no completions: `completion_only_loss=True` scores every token.", name)
 
 
-def _end_token(processing_class: Any, eos_token: str | None) -> str:
-    eos_token = eos_token or getattr(processing_class, "tokenizer", processing_class).eos_token
+def _end_token(processing_class: Any) -> str:
+    eos_token = getattr(processing_class, "tokenizer", processing_class).eos_token
     if eos_token is None:
         raise ValueError(
             "The tokenizer has no `eos_token`, so no text could teach the model where to stop. Set `eos_token` in the "
@@ -158,8 +153,7 @@ class SFTTokenizer:
     truncation_mode: str
     text_column: str
     formatting_func: Callable | None
-    eos_token: str | None
-    chat_template_kwargs: dict[str, Any] | None
+    eos_token: str  # empty for conversations
     columns: list[str]
     name: str
     counts: dict[str, int] = field(default_factory=lambda: {"truncated": 0, "dropped": 0})
@@ -217,15 +211,16 @@ class SFTTokenizer:
 
     def _ended(self, texts: list[Any], source: str) -> list[str]:
         """The texts, each with the end token behind it."""
-        wrong = next((text for text in texts if not isinstance(text, str)), None)
-        if wrong is not None or None in texts:
-            raise ValueError(f"The {source} must hold strings; a row of the {self.name} dataset holds {wrong!r}.")
-        end = self.eos_token or ""
-        return [text if text.endswith(end) else text + end for text in texts]
+        self._check_texts(texts, source)
+        return [text if text.endswith(self.eos_token) else text + self.eos_token for text in texts]
+
+    def _check_texts(self, texts: list[Any], source: str) -> None:
+        if wrong := [text for text in texts if not isinstance(text, str)]:
+            raise ValueError(f"The {source} must hold strings; a row of the {self.name} dataset holds {wrong[0]!r}.")
 
     def _settings(self, batch: Mapping[str, list], rows: int) -> list[dict[str, Any]] | None:
         tools, kwargs = (batch[c] if c in self.columns else None for c in ("tools", "chat_template_kwargs"))
-        return row_settings(rows, tools, kwargs, self.chat_template_kwargs)
+        return row_settings(rows, tools, kwargs)
 
     def _messages(self, batch: Mapping[str, list]) -> Rows:
         conversations = list(batch["messages" if "messages" in self.columns else "conversations"])
@@ -242,6 +237,7 @@ class SFTTokenizer:
         if self.conversational:
             settings = self._settings(batch, len(prompts))
         else:
+            self._check_texts(prompts, "column 'prompt'")
             completions = self._ended(completions, "column 'completion'")
         marked = self.assistant_only and self.conversational
         encoded = self.encoder.completions(prompts, [completions], settings, marks=marked)

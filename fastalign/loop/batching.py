@@ -210,10 +210,13 @@ def list_lengths(dataset, column: str = "input_ids", chunk: int = 100_000) -> np
 def readable_rows(trainer, dataset, collator, description: str) -> tuple[Any, Any]:
     """(dataset, collator) as the DataLoader takes them: Arrow for our collators, rows as dicts for all others."""
     if isinstance(dataset, datasets.Dataset):
-        if reads_arrow(collator):
+        if reads_arrow(collator) and dataset.format["type"] != "custom":  # a transform gives rows as dicts
             # mask columns without labels go to the collator, which refuses them
             wanted = getattr(collator, "columns", COLUMNS if "labels" in dataset.column_names else COLUMNS + MASKS)
-            return ArrowRows(dataset, [name for name in wanted if name in dataset.column_names]), collator
+            found = [name for name in wanted if name in dataset.column_names]
+            if not found:
+                raise _no_column(trainer, dataset, description, wanted)
+            return ArrowRows(dataset, found), collator
         return _without_unused_columns(trainer, dataset, description), collator
     if trainer.args.remove_unused_columns and not reads_arrow(collator):
         trainer._set_signature_columns_if_needed()
@@ -233,13 +236,17 @@ def _without_unused_columns(trainer, dataset: datasets.Dataset, description: str
     trainer._set_signature_columns_if_needed()
     unused = sorted(set(dataset.column_names) - set(trainer._signature_columns))
     if len(unused) == len(dataset.column_names):
-        raise ValueError(
-            f"The {description} set has the columns {unused}, none of which the model's forward takes "
-            f"({', '.join(trainer._signature_columns)}). Rename them, or set remove_unused_columns=False."
-        )
+        raise _no_column(trainer, dataset, description, trainer._signature_columns)
     if unused:
         logger.info("The %s set's columns %s are not arguments of the model and are dropped.", description, unused)
     return dataset.remove_columns(unused)
+
+
+def _no_column(trainer, dataset: datasets.Dataset, description: str, wanted) -> ValueError:
+    return ValueError(
+        f"The {description} set has the columns {sorted(dataset.column_names)}, none of which {type(trainer).__name__} "
+        f"takes ({', '.join(wanted)}). Rename them, let the trainer prepare the data, or set remove_unused_columns=False."
+    )
 
 
 def make_loader(trainer, dataset, batch_size: int, *, training: bool, collator=None) -> DataLoader:

@@ -21,7 +21,8 @@ from ..data.formats import is_conversational
 from ..data.packing import pack_dataset
 from ..data.tokenize import prepare_sft_dataset
 from ..data.vision import VisionCollator
-from ..given_data import GivenDataTrainer, unshifted_labels
+from ..given_data import GivenDataTrainer
+from ..loop.model_inputs import labels_of
 from ..models import set_chat_template, set_eos_token
 from ..policy import logits_forward, token_loss, token_stats
 
@@ -115,7 +116,7 @@ class SFTTrainer(GivenDataTrainer):
         formatting_func=None,
     ):
         self._formatting_func, self.compute_loss_func = formatting_func, compute_loss_func
-        self._own_collator = data_collator is None
+        self._collator_given = data_collator is not None and not isinstance(data_collator, TokenCollator)
         super().__init__(
             model,
             args,
@@ -145,6 +146,11 @@ class SFTTrainer(GivenDataTrainer):
             raise ValueError(
                 "`assistant_only_loss=True`, but the dataset is not conversational: its rows have "
                 f"{sorted(sample)}. Give it `messages` (or prompt and completion as messages), or unset the field."
+            )
+        if self._collator_given and (args.padding_free or self._keeps_apart):
+            raise ValueError(
+                "A `data_collator` cannot be combined with `padding_free=True` or with packing ('bfd', 'bfd_split'): "
+                "it would not keep the sequences of a row apart. Leave it out, or set `packing_strategy='wrapped'`."
             )
         if args.loss_type == "dft" and self.compute_loss_func is not None:
             raise ValueError("`compute_loss_func` cannot be combined with `loss_type='dft'`: use one of the two.")
@@ -196,13 +202,18 @@ class SFTTrainer(GivenDataTrainer):
                     "model may not learn to stop. Move it inside, or set `assistant_only_loss=False`."
                 )
 
+    @property
+    def _keeps_apart(self) -> bool:
+        """Whether rows are packed that hold several sequences."""
+        return bool(self.args.packing or self.args.eval_packing) and self.args.packing_strategy != "wrapped"
+
     def _check_flat(self) -> None:
         args, policy = self.args, self.policy
         if policy.flat:
             return
         if args.padding_free:
             raise ValueError(f"`padding_free=True`, but this model needs padded rows: {policy.reason}.")
-        if (args.packing or args.eval_packing) and args.packing_strategy != "wrapped":
+        if self._keeps_apart:
             raise ValueError(
                 f"Packing with {args.packing_strategy!r} puts several sequences into a row, but this model cannot "
                 "keep "
@@ -219,7 +230,8 @@ class SFTTrainer(GivenDataTrainer):
         if self.has_images or "seq_lengths" in columns:
             return dataset  # images are processed batch by batch; packed rows are ready
         if args.skip_preparation:
-            if self._own_collator and "labels" not in columns and columns & {"completion_mask", "assistant_masks"}:
+            unlabelled = "labels" not in columns and columns & {"completion_mask", "assistant_masks"}
+            if unlabelled and (args.remove_unused_columns or not self._collator_given):
                 raise ValueError(
                     f"The {name} dataset has mask columns but no 'labels', and `skip_prepare_dataset=True` skips "
                     "making them, so every token would be scored. Add 'labels' (-100 where not scored) or drop "
@@ -285,15 +297,16 @@ class SFTTrainer(GivenDataTrainer):
         router, outputs = self.router_inputs(), None
         if self.compute_loss_func is not None:
             outputs = logits_forward(model, inputs, **router)
-            loss = self.compute_loss_func(outputs, unshifted_labels(inputs), num_items_in_batch=num_items_in_batch)
-            scored = token_stats(model, inputs, outputs=("logp", "entropy", "top1"), **router)
+            aux_loss = outputs.get("aux_loss")
+            loss = self.compute_loss_func(outputs, labels_of(inputs), num_items_in_batch=num_items_in_batch)
+            scored = token_stats(model, inputs, outputs=("logp", "entropy", "top1"))
         else:
             smoothed = ("mean_logp",) if self.args.label_smoothing_factor > 0 else ()
             wanted = ("logp", "entropy", "top1", *smoothed)
             scored = token_loss(model, inputs, self._loss_of_chunk(inputs, norm), outputs=wanted, **router)
-            loss = cast(Tensor, scored.loss)
+            loss, aux_loss = cast(Tensor, scored.loss), scored.aux_loss
         loss = self.over_ranks(loss, num_items_in_batch)
-        loss = self.with_router_loss(loss, scored.aux_loss, num_items_in_batch)
+        loss = self.with_router_loss(loss, aux_loss, num_items_in_batch)
         for name, values in {"entropy": scored.stats.entropy, "mean_token_accuracy": scored.stats.top1}.items():
             self.metrics.mean(name, cast(Tensor, values).sum(), inputs.num_scored)
         self.metrics.tokens(inputs.num_tokens)
