@@ -65,8 +65,8 @@ def _check_config(model, peft_config) -> None:
     if is_peft_model(model):
         raise ValueError(
             "The model is a `PeftModel` already and a `peft_config` is given too. Merge and unload the adapter and "
-            "pass "
-            "the base model with the new `peft_config`, or leave `peft_config` out to go on training the adapter."
+            "pass the base model with the new `peft_config`, or leave `peft_config` out to go on training the "
+            "adapter."
         )
 
 
@@ -103,8 +103,7 @@ def _require_reentrant(args) -> None:
     if options.get("selective"):
         raise ValueError(
             "`gradient_checkpointing_kwargs={'selective': True}` does not work with PEFT under DeepSpeed ZeRO-3, "
-            "which "
-            "needs reentrant checkpointing. Drop 'selective' or use another sharding."
+            "which needs reentrant checkpointing. Drop 'selective' or use another sharding."
         )
     if options.get("use_reentrant") is False:
         logger.warning("`use_reentrant` is set to True: PEFT under DeepSpeed ZeRO-3 needs reentrant checkpointing.")

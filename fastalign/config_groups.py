@@ -58,12 +58,12 @@ class LengthArgs:
         """Read `pad_to_multiple_of`, warn of deprecated fields, refuse unknown values (ValueError)."""
         if isinstance(self.pad_to_multiple_of, str):
             value = self.pad_to_multiple_of.lower()
-            self.pad_to_multiple_of = None if value in ("auto", "none", "null") else value
-            if value.isdecimal():
-                self.pad_to_multiple_of = int(value)
+            self.pad_to_multiple_of = int(value) if value.isdecimal() else value
+            if value in ("auto", "none", "null"):
+                self.pad_to_multiple_of = None
         if self.pad_to_multiple_of is not None and not (self.padding_multiple or 0) >= 1:
             raise ValueError(
-                f"`pad_to_multiple_of` is {self.pad_to_multiple_of!r}; use a number of tokens (at least 1), 'auto' or None."
+                f"`pad_to_multiple_of` is {self.pad_to_multiple_of!r}; use a number of tokens, 'auto' or None."
             )
         if self.max_length is not None and self.max_length < 1:
             raise ValueError(f"`max_length` is {self.max_length}; it must be at least 1 token, or None for no limit.")

@@ -97,8 +97,7 @@ def resolve_model(model, args, quantization_config=None, processing_class=None) 
             if "quantization_config" in init_kwargs:
                 raise ValueError(
                     "`quantization_config` is given both to the trainer and in `args.model_init_kwargs`. Give it "
-                    "once, "
-                    "preferably to the trainer."
+                    "once, preferably to the trainer."
                 )
             init_kwargs["quantization_config"] = quantization_config
         if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED", "FSDP", "MULTI_CPU"):

@@ -358,6 +358,7 @@ def test_wrong_input_is_named(case, tmp_path):
         ({"token_budget": 0}, "token_budget"),
         ({"pad_to_multiple_of": "abc"}, "'abc'; use a number"),
         ({"pad_to_multiple_of": 0}, "is 0; use a number"),
+        ({"truncation_mode": "middle"}, "truncation_mode"),
         ({"loss_type": "dft", "label_smoothing_factor": 0.1}, "label_smoothing_factor"),
     ],
     ids=str,

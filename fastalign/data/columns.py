@@ -32,20 +32,21 @@ class Rows:
         return row, index - int(self.bounds[row])
 
 
-def read_rows(name: str, column, *, floating: bool = False) -> Rows:
+def read_rows(name: str, column, *, floating: bool = False, booleans: bool = False) -> Rows:
     """Rows of an Arrow list column (any integer width, chunked, sliced, large) or of a list of rows.
 
     Arrow values of int32 and int64 (fp32 with `floating`) are not copied. Raises ValueError for another type of
-    column or value, for a missing row and for a missing value, naming where it is.
+    column or value, for a missing row and for a missing value, naming where it is. With `booleans` an Arrow column may
+    hold those too.
     """
     if isinstance(column, pa.ChunkedArray):
         column = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
     if isinstance(column, pa.Array):
-        return _arrow_rows(name, column, floating)
+        return _arrow_rows(name, column, floating, booleans)
     return _python_rows(name, column, floating)
 
 
-def _arrow_rows(name: str, column: pa.Array, floating: bool) -> Rows:
+def _arrow_rows(name: str, column: pa.Array, floating: bool, booleans: bool) -> Rows:
     if pa.types.is_fixed_size_list(column.type):
         column = column.cast(pa.large_list(column.type.value_type))
     if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
@@ -60,6 +61,8 @@ def _arrow_rows(name: str, column: pa.Array, floating: bool) -> Rows:
     if values.null_count:
         row, position = Rows(name, np.empty(0), bounds).locate(values.is_null().index(True).as_py())
         raise ValueError(f"Column `{name}` has no value at row {row}, position {position}.")
+    if booleans and pa.types.is_boolean(values.type):
+        values = values.cast(pa.int32())
     return Rows(name, _numbers(name, values, floating), bounds)
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from .columns import read_rows
+
 IGNORED = -100  # label of a token that is not scored
 
 
@@ -64,18 +66,13 @@ def flatten(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def flat_column(column: pa.ChunkedArray | pa.Array | list, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """A column of integer lists -> (T,) int32 and the lengths (R,) int64. ValueError for any other type."""
-    array = pa.array(column) if isinstance(column, list) else column
-    array = array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
-    is_list = pa.types.is_list(array.type) or pa.types.is_large_list(array.type)
-    of = array.type.value_type if is_list else array.type
-    is_empty = is_list and not len(array.flatten())  # an empty column has no type of its own
-    if not is_list or not (pa.types.is_integer(of) or pa.types.is_boolean(of) or is_empty):
-        raise ValueError(f"The column `{name}` must hold lists of integers, found {array.type}.")
-    if array.null_count:
-        raise ValueError(f"The column `{name}` has {array.null_count} rows without a list; remove them first.")
-    values = array.flatten().to_numpy(zero_copy_only=False).astype(np.int32)
-    return values, np.diff(array.offsets.to_numpy()).astype(np.int64)
+    """A column of integer or boolean lists -> (T,) int32 and the lengths (R,) int64. ValueError for other values."""
+    rows = read_rows(name, pa.array(column) if isinstance(column, list) else column, booleans=True)
+    values = rows.values.astype(np.int32)
+    if (wrong := np.flatnonzero(values != rows.values)).size:
+        row, position = rows.locate(int(wrong[0]))
+        raise ValueError(f"Column `{name}`, row {row}, position {position}: {rows.values[wrong[0]]} is no token id.")
+    return values, rows.lengths
 
 
 def build_labels(ids: np.ndarray, masks: Iterable[np.ndarray]) -> np.ndarray:

@@ -25,7 +25,6 @@ from .masks import Rows, after_prompt, build_labels, flat_column, flatten
 
 logger = logging.getLogger(__name__)
 
-TRUNCATION_MODES = ("keep_start", "keep_end")
 _KINDS = {  # dataset format -> how a row becomes tokens
     "unpaired_preference": "prompt_completion",
     "prompt_completion": "prompt_completion",
@@ -64,10 +63,6 @@ def prepare_sft_dataset(
             "`dataset_kwargs={'skip_prepare_dataset': True}` and let the transform return `input_ids` and `labels`, "
             "or apply it with `dataset.map` first."
         )
-    if truncation_mode not in TRUNCATION_MODES:
-        raise ValueError(f"`truncation_mode` is {truncation_mode!r}; allowed are {', '.join(TRUNCATION_MODES)}.")
-    if packing and max_length is None:
-        raise ValueError("`packing` needs `max_length`, the number of tokens in a packed row; found None.")
     row, columns = first_row(dataset, name), column_names(dataset)
     if completion_only_loss is None:
         completion_only_loss = "prompt" in row and "completion" in row
@@ -180,13 +175,17 @@ class SFTTokenizer:
         table = rows.table()
         return table if extra is None else table.append_column("seq_lengths", extra)
 
+    def lists(self, batch: Mapping[str, Any]) -> dict[str, list]:
+        """The same as lists, which streams want."""
+        return self(batch).to_pydict()
+
     def _tokens(self, batch: Any) -> tuple[Rows, Any]:
         """Rows that come as ids, with labels or with masks to make them from."""
         ids, lengths = flat_column(batch["input_ids"], "input_ids")
-        masks = [] if "labels" in self.columns else ["assistant_masks"]
-        masks += ["completion_mask"] if masks and self.completion_only else []
+        used = ["assistant_masks", "completion_mask"] if self.completion_only else ["assistant_masks"]
+        used = ["labels"] if "labels" in self.columns else [column for column in used if column in self.columns]
         parts = {}
-        for column in ["labels"] if not masks else [c for c in masks if c in self.columns]:
+        for column in used:
             parts[column], found = flat_column(batch[column], column)
             if (wrong := np.flatnonzero(found != lengths)).size:
                 i = wrong[0]
@@ -194,7 +193,7 @@ class SFTTokenizer:
                     f"A row of the {self.name} dataset has {lengths[i]} `input_ids` but {found[i]} `{column}` (row "
                     f"{i} of its batch); they must be equally long."
                 )
-        labels = parts["labels"] if not masks else build_labels(ids, parts.values())
+        labels = parts["labels"] if "labels" in parts else build_labels(ids, parts.values())
         packed = batch["seq_lengths"] if "seq_lengths" in self.columns else None
         return Rows(ids, labels, lengths), pa.array(packed) if isinstance(packed, list) else packed
 
@@ -269,9 +268,7 @@ def _run(dataset: Dataset | IterableDataset, step: SFTTokenizer, num_proc: int |
     names = ["input_ids", "labels"] + (["seq_lengths"] if step.kind == "tokens" and "seq_lengths" in kept else [])
     features = Features({column: List(Value("int32")) for column in names})
     if isinstance(dataset, IterableDataset):
-        return dataset.with_format(None).map(
-            _Lists(step), batched=True, remove_columns=step.columns, features=features
-        )
+        return dataset.with_format(None).map(step.lists, batched=True, remove_columns=step.columns, features=features)
     source = dataset.with_format("arrow" if step.kind == "tokens" else None)
     options = {k: v for k, v in vars(step).items() if k not in ("encoder", "counts", "name", "columns")}
     options["chat_template"] = step.encoder.chat_template
@@ -286,16 +283,6 @@ def _run(dataset: Dataset | IterableDataset, step: SFTTokenizer, num_proc: int |
     ).with_format(None)
     _check_result(result, step, len(dataset))
     return result
-
-
-@dataclass
-class _Lists:
-    """`SFTTokenizer` for streams, which want lists."""
-
-    step: SFTTokenizer
-
-    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list]:
-        return self.step(batch).to_pydict()
 
 
 def _check_result(result: Dataset, step: SFTTokenizer, rows: int) -> None:

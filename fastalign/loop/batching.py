@@ -244,8 +244,9 @@ def _without_unused_columns(trainer, dataset: datasets.Dataset, description: str
 
 def _no_column(trainer, dataset: datasets.Dataset, description: str, wanted) -> ValueError:
     return ValueError(
-        f"The {description} set has the columns {sorted(dataset.column_names)}, none of which {type(trainer).__name__} "
-        f"takes ({', '.join(wanted)}). Rename them, let the trainer prepare the data, or set remove_unused_columns=False."
+        f"The {description} set has the columns {sorted(dataset.column_names)}, none of which "
+        f"{type(trainer).__name__} takes ({', '.join(wanted)}). Rename them, let the trainer prepare the data, or set "
+        "remove_unused_columns=False."
     )
 
 

@@ -154,11 +154,6 @@ class SFTTrainer(GivenDataTrainer):
             )
         if args.loss_type == "dft" and self.compute_loss_func is not None:
             raise ValueError("`compute_loss_func` cannot be combined with `loss_type='dft'`: use one of the two.")
-        if self._formatting_func is not None and args.completion_only_loss:
-            raise ValueError(
-                "`formatting_func` turns rows into plain text, which has no completion, so it cannot be combined with "
-                "`completion_only_loss=True`. Format the dataset yourself, or unset one of the two."
-            )
         if self.compute_loss_func is not None:
             warnings.warn(
                 "`compute_loss_func` needs full logits, so each step runs a second forward pass for the metrics. "
@@ -198,8 +193,7 @@ class SFTTrainer(GivenDataTrainer):
             if not is_chat_template_stop_token_trained(processing_class, chat_template=self._chat_template):
                 logger.warning(
                     "The chat template leaves the token that ends the assistant's turn out of `{% generation %}`, so "
-                    "the "
-                    "model may not learn to stop. Move it inside, or set `assistant_only_loss=False`."
+                    "the model may not learn to stop. Move it inside, or set `assistant_only_loss=False`."
                 )
 
     @property
