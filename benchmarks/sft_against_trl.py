@@ -46,8 +46,17 @@ def read_texts(path: str, columns: list[str]) -> list[dict]:
     return [{"prompt": row[columns[0]], "completion": "\n" + row[columns[1]]} for row in rows]
 
 
-def make_model_folder(folder: pathlib.Path, rows: list[dict], vocab_size: int) -> None:
-    """A random Qwen2 of about 13M parameters and a byte-level BPE tokenizer, saved as `from_pretrained` wants them."""
+SMALL = {  # about 13M parameters with a vocabulary of 32,000
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+}
+
+
+def make_model_folder(folder: pathlib.Path, rows: list[dict], vocab_size: int, shape: dict[str, int] = SMALL) -> None:
+    """A random Qwen2 and a byte-level BPE tokenizer trained on `rows`, saved as `from_pretrained` wants them."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
@@ -56,7 +65,7 @@ def make_model_folder(folder: pathlib.Path, rows: list[dict], vocab_size: int) -
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+        vocab_size=min(vocab_size, 32_000),
         special_tokens=["<pad>", "</s>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -66,11 +75,7 @@ def make_model_folder(folder: pathlib.Path, rows: list[dict], vocab_size: int) -
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=vocab_size,
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=6,
-        num_attention_heads=8,
-        num_key_value_heads=4,
+        **shape,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
         pad_token_id=0,
@@ -179,9 +184,9 @@ def main() -> None:
                 measured += measure(folder, mode, precision, options)
     if not options.dry:
         sys.path.insert(0, str(HERE))
-        from results_file import append_rows
+        from results_file import append_rows, results_file
 
-        append_rows(HERE / "results" / "cpu.csv", measured)
+        append_rows(results_file(), measured)
 
 
 if __name__ == "__main__":

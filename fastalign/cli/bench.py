@@ -11,7 +11,7 @@ import fastalign
 
 from .config_file import nearest
 
-NOT_BENCHMARKS = {"tables", "results_file", "run"}
+NOT_BENCHMARKS = {"tables", "results_file", "gpu_suite"}  # the last measures a GPU, by hand
 
 
 def benchmark_folder() -> Path | None:
