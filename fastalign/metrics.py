@@ -9,6 +9,8 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+FOLD = 1024  # micro-batches of a metric that wait as they are; then their ratios are added up, to bound memory
+
 
 class Metrics:
     """Collects what a logging window reports.
@@ -22,10 +24,15 @@ class Metrics:
         """`reduce` sums a 1-D tensor over the ranks; None in a single process."""
         self.device = device
         self.reduce = reduce
-        self.training = True
         # MPS has no fp64; token counts are exact up to 2^24 there
         self.dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget both windows and the counters; training is what is measured."""
+        self.training = True
         self._ratios: dict[bool, dict[str, list[tuple]]] = {True: {}, False: {}}
+        self._folded: dict[bool, dict[str, tuple]] = {True: {}, False: {}}  # (sum of global ratios, how many)
         self._latest: dict[bool, dict[str, Tensor | float]] = {True: {}, False: {}}
         self._counts: dict[str, float] = {}  # global, as of the last collection
         self._added: dict[str, float] = {}  # of this rank, since then
@@ -33,8 +40,14 @@ class Metrics:
 
     def mean(self, name: str, total: Tensor | float, count: Tensor | float = 1.0) -> None:
         """Record one micro-batch of a ratio, such as summed entropy (nats) over scored tokens; both 0-dim."""
-        detached = tuple(x.detach() if isinstance(x, Tensor) else x for x in (total, count))
-        self._ratios[self.training].setdefault(name, []).append(detached)
+        pairs = self._ratios[self.training].setdefault(name, [])
+        pairs.append(tuple(x.detach() if isinstance(x, Tensor) else x for x in (total, count)))
+        if len(pairs) == FOLD:
+            totals, counts = self._reduced([x for pair in pairs for x in pair])[:-1].view(-1, 2).unbind(1)
+            ratios = torch.where(counts == 0, 0, totals / counts).sum()
+            before, number = self._folded[self.training].get(name, (0.0, 0))
+            self._folded[self.training][name] = before + ratios, number + FOLD
+            pairs.clear()
 
     def last(self, name: str, value: Tensor | float) -> None:
         """Record a value of which the last one is logged, averaged over the ranks."""
@@ -56,21 +69,25 @@ class Metrics:
     def collect(self, **sums: Tensor | float) -> dict[str, float]:
         """Host values of the current mode's window, which then starts anew; `sums` come back averaged over ranks."""
         ratios, latest = self._ratios[self.training], self._latest[self.training]
-        added = sorted(self._added)
-        flat: list = [*sums.values(), *latest.values(), *(self._added[name] for name in added)]
+        folded, added = self._folded[self.training], sorted(self._added)
+        flat: list = [*sums.values(), *latest.values(), *(total for total, _ in folded.values())]
+        flat += [self._added[name] for name in added]
         for pairs in ratios.values():
             flat += [x for pair in pairs for x in pair]
         world, values = self._to_host(flat)
         result: dict[str, float] = {}
         for name in (*sums, *latest):
             result[name] = next(values) / world
+        before = {name: (next(values) / world, number) for name, (_, number) in folded.items()}
         for name in added:
             self._counts[name] = self._counts.get(name, 0) + next(values)
         for name, pairs in ratios.items():
             shares = [(next(values), next(values)) for _ in pairs]
-            result[name] = sum(total / count if count else 0.0 for total, count in shares) / len(shares)
+            total, number = before.get(name, (0.0, 0))
+            total += sum(total / count if count else 0.0 for total, count in shares)
+            result[name] = total / (number + len(shares))
         result.update({name: self._counts[name] for name in sorted(self._logged_counts[self.training])})
-        for part in (ratios, latest, self._added, self._logged_counts[self.training]):
+        for part in (ratios, folded, latest, self._added, self._logged_counts[self.training]):
             part.clear()
         return result
 
@@ -81,12 +98,6 @@ class Metrics:
     def set_counts(self, counts: dict[str, float]) -> None:
         """Continue counting from `counts` (a checkpoint's)."""
         self._counts, self._added = dict(counts), {}
-
-    def reset(self) -> None:
-        """Forget both windows and the counters."""
-        windows = (*self._ratios.values(), *self._latest.values(), *self._logged_counts.values())
-        for window in (*windows, self._counts, self._added):
-            window.clear()
 
     def reduce_counts(self) -> None:
         """Bring the global counters up to date (all ranks must call it), without closing the window."""
@@ -100,11 +111,14 @@ class Metrics:
         """This rank's open training window, as numbers."""
         ratios = {n: [(float(a), float(b)) for a, b in pairs] for n, pairs in self._ratios[True].items()}
         latest = {n: float(value) for n, value in self._latest[True].items()}
-        return {"ratios": ratios, "latest": latest, "logged_counts": sorted(self._logged_counts[True])}
+        folded = {n: (float(total), number) for n, (total, number) in self._folded[True].items()}
+        counted = sorted(self._logged_counts[True])
+        return {"ratios": ratios, "folded": folded, "latest": latest, "logged_counts": counted}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue a training window."""
         self._ratios[True] = {name: list(pairs) for name, pairs in state["ratios"].items()}
+        self._folded[True] = dict(state["folded"])
         self._latest[True] = dict(state["latest"])
         self._logged_counts[True] = set(state["logged_counts"])
 
@@ -112,16 +126,18 @@ class Metrics:
         """(number of ranks, iterator over the summed values); the one synchronisation of a log."""
         if self.reduce is None and not any(isinstance(x, Tensor) for x in flat):
             return 1, iter([float(x) for x in flat])
+        *values, world = self._reduced(flat).tolist()
+        return round(world), iter(values)
+
+    def _reduced(self, flat: list) -> Tensor:
+        """`flat`, and a 1, on the device as one vector, summed over the ranks."""
         host = torch.tensor([0.0 if isinstance(x, Tensor) else x for x in (*flat, 1.0)], dtype=self.dtype)
         vector = host.to(self.device)
         on_device = [i for i, x in enumerate(flat) if isinstance(x, Tensor)]
         if on_device:
             parts = [flat[i].to(self.device, self.dtype).reshape(()) for i in on_device]
             vector[torch.tensor(on_device, device=self.device)] = torch.stack(parts)
-        if self.reduce is not None:
-            vector = self.reduce(vector)
-        *values, world = vector.tolist()
-        return round(world), iter(values)
+        return vector if self.reduce is None else self.reduce(vector)
 
 
 class RunCounters(TrainerCallback, ExportableState):

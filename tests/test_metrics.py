@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastalign.metrics import Metrics, RunCounters
+from fastalign.metrics import FOLD, Metrics, RunCounters
 
 CPU = torch.device("cpu")
 
@@ -67,6 +67,26 @@ def test_one_reduction_over_ranks():
     expected = {"loss": 3.0, "temperature": 2.0, "accuracy": (6 / 12 + 2 / 4) / 2, "num_tokens": 30}
     assert metrics.collect(loss=torch.tensor(1.0)) == expected
     assert reduce.calls == 1
+
+
+def test_long_windows_are_folded():
+    class Doubled:
+        def __call__(self, vector):
+            return 2 * vector
+
+    for reduce in (None, Doubled()):
+        metrics, values = Metrics(CPU, reduce), []
+        for i in range(2 * FOLD + 3):
+            total, count = float(i % 7), i % 5  # zero counts give 0
+            values.append(total / count if count else 0.0)
+            metrics.mean("entropy", torch.tensor(total), count)
+        assert len(metrics._ratios[True]["entropy"]) == 3
+        again = Metrics(CPU, reduce)
+        again.load_state_dict(metrics.state_dict())
+        for found in (metrics, again):
+            assert found.collect()["entropy"] == pytest.approx(sum(values) / len(values), rel=1e-12)
+            found.mean("entropy", 1.0)
+            assert found.collect() == {"entropy": 1.0}
 
 
 def test_open_window_and_counters_survive():

@@ -32,16 +32,6 @@ from .checkpoint_files import (
 )
 from .weights import load_optimizer_state, model_state, optimizer_state, read_model, write_model
 
-__all__ = [
-    "CheckpointError",
-    "checkpoint_to_resume",
-    "find_last_checkpoint",
-    "load_best_model",
-    "load_checkpoint",
-    "load_rng_state",
-    "save_checkpoint",
-    "save_model",
-]
 logger = logging.getLogger(__name__)
 
 LOOP_STATE_NAME = "fastalign_state.pt"  # what the trainer's `state_dict()` holds, per rank
@@ -103,7 +93,7 @@ def _collect(trainer) -> dict[str, Any]:
         return parts
     parts["optimizer"] = optimizer_state(trainer.optimizer, keep)
     parts["rng"] = _gather(_rng_state())
-    parts["loop"] = _gather(trainer.state_dict() if hasattr(trainer, "state_dict") else None)
+    parts["loop"] = _gather(trainer.state_dict())
     return parts
 
 
@@ -115,8 +105,7 @@ def _write_training_state(trainer, folder: Path, parts: dict[str, Any]) -> None:
         torch.save(scaler.state_dict(), folder / SCALER_NAME)
     for rank, rng in enumerate(parts["rng"]):
         torch.save(rng, folder / (f"rng_state_{rank}.pth" if len(parts["rng"]) > 1 else "rng_state.pth"))
-    if any(state is not None for state in parts["loop"]):
-        torch.save(parts["loop"], folder / LOOP_STATE_NAME)
+    torch.save(parts["loop"], folder / LOOP_STATE_NAME)
 
 
 def _state_to_save(trainer, final: Path) -> TrainerState:
@@ -128,13 +117,8 @@ def _state_to_save(trainer, final: Path) -> TrainerState:
             state.best_model_checkpoint = str(best)
     exported: dict[str, Any] = {}
     for callback in _exportable(trainer):
-        name = type(callback).__name__
-        if name in exported:
-            exported[name] = [*(exported[name] if isinstance(exported[name], list) else [exported[name]])]
-            exported[name].append(callback.state())
-        else:
-            exported[name] = callback.state()
-    state.stateful_callbacks = exported
+        exported.setdefault(type(callback).__name__, []).append(callback.state())
+    state.stateful_callbacks = {name: states if states[1:] else states[0] for name, states in exported.items()}
     return state
 
 
@@ -281,18 +265,14 @@ def _restore_callbacks(trainer) -> None:
 
 
 def _load_loop_state(trainer, path: Path) -> None:
-    if not (path / LOOP_STATE_NAME).is_file() or not hasattr(trainer, "load_state_dict"):
+    if not (path / LOOP_STATE_NAME).is_file():
         return
     states = _load(path / LOOP_STATE_NAME)
     if len(states) == _world():
         trainer.load_state_dict(states[_rank()])
     else:
-        logger.warning(
-            "%s was written by %d processes, now there are %d: sums of the current logging window start anew.",
-            path,
-            len(states),
-            _world(),
-        )
+        before = f"{path} was written by {len(states)} processes, now there are {_world()}"
+        logger.warning("%s: sums of the current logging window start anew.", before)
 
 
 # Random states

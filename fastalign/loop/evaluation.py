@@ -15,7 +15,6 @@ from transformers import EvalPrediction
 from transformers.trainer_pt_utils import EvalLoopContainer, find_batch_size, nested_detach
 from transformers.trainer_utils import (
     EvalLoopOutput,
-    PredictionOutput,
     denumpify_detensorize,
     has_length,
     speed_metrics,
@@ -45,27 +44,13 @@ def eval_loader(trainer, dataset, wants_logits: bool):
     return loader
 
 
-def run_evaluation(trainer, dataset, ignore_keys, prefix: str) -> dict[str, float]:
-    """Metrics of one evaluation set, with speed, keys prefixed."""
-    loader = trainer.get_eval_dataloader(dataset)
+def timed_loop(trainer, loader, loss_only: bool | None, ignore_keys, prefix: str) -> EvalLoopOutput:
+    """`evaluation_loop`, with speed among its metrics."""
     start = time.time()
-    loss_only = True if trainer.compute_metrics is None else None
     output = evaluation_loop(trainer, loader, loss_only, ignore_keys, prefix)
-    return _with_speed(trainer, output, start, prefix)
-
-
-def run_prediction(trainer, dataset, ignore_keys, prefix: str) -> PredictionOutput:
-    """Predictions, labels and metrics of one set."""
-    loader = trainer.get_test_dataloader(dataset)
-    start = time.time()
-    output = evaluation_loop(trainer, loader, None, ignore_keys, prefix)
-    metrics = _with_speed(trainer, output, start, prefix)
-    return PredictionOutput(predictions=output.predictions, label_ids=output.label_ids, metrics=metrics)
-
-
-def _with_speed(trainer, output: EvalLoopOutput, start: float, prefix: str) -> dict[str, float]:
     num_steps = math.ceil(output.num_samples / (trainer.args.eval_batch_size * trainer.world))
-    return (output.metrics or {}) | speed_metrics(prefix, start, num_samples=output.num_samples, num_steps=num_steps)
+    speed = speed_metrics(prefix, start, num_samples=output.num_samples, num_steps=num_steps)
+    return output._replace(metrics=(output.metrics or {}) | speed)
 
 
 def evaluation_loop(trainer, loader, loss_only: bool | None, ignore_keys, prefix: str) -> EvalLoopOutput:

@@ -79,7 +79,7 @@ def add_embedding_noise(model, alpha: float, current_batch):
             lengths = batch.cu_seqlens.diff()
             size = lengths.repeat_interleave(lengths, output_size=batch.input_ids.numel()).view(-1, 1)  # (T, 1)
         else:
-            size = torch.tensor(output.shape[-2], device=output.device)
+            size = torch.full((), output.shape[-2], device=output.device)
         bound = alpha / torch.sqrt(size * output.shape[-1])
         return output + torch.empty_like(output).uniform_(-1, 1) * bound.to(output.dtype)
 

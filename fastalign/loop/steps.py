@@ -122,7 +122,7 @@ def num_items_in_step(trainer, batches: list) -> int | Tensor | None:
         return None
     if trainer.world == 1 or not trainer.args.average_tokens_across_devices:
         return sum(counts)
-    return trainer._sum_over_ranks(torch.tensor([sum(counts)], device=trainer.args.device))[0]
+    return trainer._sum_over_ranks(torch.full((1,), sum(counts), device=trainer.args.device))[0]
 
 
 def mean_shares(trainer, batches: list) -> list[float]:

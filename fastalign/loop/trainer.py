@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.trainer_callback import ExportableState, TrainerControl, TrainerState
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import (
+    PredictionOutput,
     SaveStrategy,
     TrainerMemoryTracker,
     TrainOutput,
@@ -231,7 +232,6 @@ class Trainer(RunOutputs):
         self.state.train_batch_size = self._train_batch_size
         self.state.compute_steps(self.args, plan.max_steps)
         self.metrics.reset()
-        self.metrics.training = True
         if self._created_lr_scheduler:
             self.lr_scheduler, self._created_lr_scheduler = None, False
         prepare_model(self)
@@ -334,7 +334,9 @@ class Trainer(RunOutputs):
                 merged |= self.evaluate(part if override else name, ignore_keys, f"{metric_key_prefix}_{name}")
             return merged
         self._memory_tracker.start()
-        metrics = evaluation.run_evaluation(self, dataset, ignore_keys, metric_key_prefix)
+        loss_only = True if self.compute_metrics is None else None
+        loader = self.get_eval_dataloader(dataset)
+        metrics: Any = evaluation.timed_loop(self, loader, loss_only, ignore_keys, metric_key_prefix).metrics
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self._memory_tracker.stop_and_update_metrics(metrics)
@@ -343,7 +345,8 @@ class Trainer(RunOutputs):
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix: str = "test"):
         """PredictionOutput(predictions, label_ids, metrics) of `test_dataset`."""
         self._memory_tracker.start()
-        output = evaluation.run_prediction(self, test_dataset, ignore_keys, metric_key_prefix)
+        loader = self.get_test_dataloader(test_dataset)
+        output = PredictionOutput(*evaluation.timed_loop(self, loader, None, ignore_keys, metric_key_prefix)[:3])
         self.control = self.callback_handler.on_predict(self.args, self.state, self.control, output.metrics)
         self._memory_tracker.stop_and_update_metrics(output.metrics)
         return output

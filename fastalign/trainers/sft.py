@@ -287,7 +287,7 @@ class SFTTrainer(GivenDataTrainer):
     def compute_loss(self, model, inputs: TokenBatch, return_outputs: bool = False, num_items_in_batch=None):
         """Token losses summed over `num_items_in_batch` (unset: this batch's scored tokens), plus the router's."""
         norm = inputs.num_scored if num_items_in_batch is None else num_items_in_batch
-        norm = torch.as_tensor(norm, device=inputs.weight.device).clamp(min=1)
+        norm = norm.clamp(min=1) if isinstance(norm, Tensor) else max(norm, 1)
         router, outputs = self.router_inputs(), None
         if self.compute_loss_func is not None:
             outputs = logits_forward(model, inputs, **router)
@@ -309,7 +309,7 @@ class SFTTrainer(GivenDataTrainer):
         with torch.no_grad():
             return loss, outputs or logits_forward(model, inputs, **router)
 
-    def _loss_of_chunk(self, batch: TokenBatch, norm: Tensor):
+    def _loss_of_chunk(self, batch: TokenBatch, norm: Tensor | int):
         smoothing, dynamic = self.args.label_smoothing_factor, self.args.loss_type == "dft"
 
         def loss_of_chunk(stats, span: slice) -> Tensor:
