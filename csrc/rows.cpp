@@ -20,6 +20,7 @@ namespace py = pybind11;
 namespace rows {
 
 constexpr int64_t BLOCK = 2048;                  // fp32 numbers of a row held in L1 between the passes
+constexpr int64_t AHEAD = 2048;                  // bytes; prefetchers of the hardware stop at each page
 constexpr float LOWEST = -104.0f;                // e^x is 0 in fp32 from here down
 constexpr int64_t WORK_PER_THREAD = 128 * 1024;  // logits; less is not worth starting a thread
 
@@ -51,6 +52,8 @@ ROWS_INLINE float sum_lanes(const typename Lanes<W>::F& x) {
     for (int i = 0; i < W; ++i) total += x[i];
     return total;
 }
+
+ROWS_INLINE void fetch_ahead(const void* from) { __builtin_prefetch(static_cast<const char*>(from) + AHEAD); }
 
 template <class S, int W>
 ROWS_INLINE typename Lanes<W>::F load_tail(const typename S::Element* from, int64_t count) {
@@ -99,12 +102,13 @@ ROWS_INLINE void forward_row(const Logits& logits, const Statistics& out, int64_
     const float inner = CAP ? logits.scale / logits.softcap : logits.scale * inverse, outer = logits.softcap * inverse;
     alignas(64) float z[BLOCK];
     float top = -infinity, target_logit = 0;
-    int64_t best = -1;
+    bool is_best = false;
     double s = 0, t = 0, q = 0, total = 0;
     for (int64_t begin = 0; begin < vocabulary; begin += BLOCK) {
         const int64_t count = std::min(BLOCK, vocabulary - begin), whole = count - count % W;
         F vmax = splat<W>(-infinity), vsum{};
         for (int64_t i = 0; i < whole; i += W) {
+            fetch_ahead(data + begin + i);
             const F x = form<W, CAP>(S::template load<W>(data + begin + i), inner, outer);
             vmax = x > vmax ? x : vmax;
             vsum += x;
@@ -121,7 +125,8 @@ ROWS_INLINE void forward_row(const Logits& logits, const Statistics& out, int64_
         total += sum_lanes<W>(vsum);
         float block_top = vmax[0];
         for (int i = 1; i < W; ++i) block_top = std::max(block_top, vmax[i]);
-        if (block_top > top) {
+        const bool is_higher = block_top > top;
+        if (is_higher) {
             if (begin > 0 && top > -infinity) {
                 const double delta = static_cast<double>(block_top) - top, factor = std::exp(-delta);
                 t = factor * (t - delta * s);
@@ -129,15 +134,18 @@ ROWS_INLINE void forward_row(const Logits& logits, const Statistics& out, int64_
                 q *= factor * factor;
             }
             top = block_top;
-            best = begin + (std::find(z, z + count, top) - z);
+            is_best = false;
         }
-        if (target >= begin && target < begin + count) target_logit = z[target - begin];
+        if (target >= begin && target < begin + count) {
+            target_logit = z[target - begin];
+            is_best = is_higher && std::find(z, z + count, top) == z + (target - begin);
+        }
         add_block<W, EXTRA>(z, whole + (whole < count ? W : 0), top == -infinity ? 0.0f : top, s, t, q);
     }
     const double log_s = std::log(s);
     if (out.logp) out.logp[row] = static_cast<float>(target_logit - static_cast<double>(top) - log_s);
     if (out.lse) out.lse[row] = static_cast<float>(top + log_s);
-    if (out.top1) out.top1[row] = best == target;
+    if (out.top1) out.top1[row] = is_best;
     if (out.mean_logit) out.mean_logit[row] = static_cast<float>(total / static_cast<double>(vocabulary));
     if (EXTRA && out.entropy) out.entropy[row] = static_cast<float>(log_s - t / s);
     if (EXTRA && out.log_sum_p2) out.log_sum_p2[row] = static_cast<float>(std::log(q) - 2 * log_s);
@@ -186,6 +194,7 @@ ROWS_INLINE void backward_row(const Logits& logits, const Coefficients& c, int64
     S::template store<W>(at_target, g + one);
     const int64_t whole = vocabulary - vocabulary % W;
     for (int64_t i = 0; i < whole; i += W) {
+        fetch_ahead(data + i);
         S::template store<W>(
             data + i, gradient<W, CAP, EXTRA>(S::template load<W>(data + i), k, lse, inner, outer, slope));
     }

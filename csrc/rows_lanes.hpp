@@ -24,7 +24,9 @@ struct Lanes {
 
 template <int W>
 ROWS_INLINE typename Lanes<W>::F splat(float x) {
-    return x - typename Lanes<W>::F{};
+    typename Lanes<W>::F lanes;
+    for (int i = 0; i < W; ++i) lanes[i] = x;  // GCC makes one broadcast of this, of a sum with zeros W inserts
+    return lanes;
 }
 
 // e^x for x <= about 1: x = n ln 2 + r, |r| <= ln 2 / 2, polynomial of degree 6 (relative error < 1.2e-7); 0 below the

@@ -139,3 +139,15 @@ def test_choice_of_kernels(monkeypatch):
     monkeypatch.setenv("FASTALIGN_KERNELS", "fast")
     with pytest.raises(ValueError, match="choose one of auto, native, reference"):
         dispatch.backend(cpu, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_top1_is_the_first_of_equal_logits(dtype):
+    """The largest logit stands twice in one block of 2048 and again in the next one."""
+    logits = torch.zeros(5, 5000, dtype=dtype)
+    logits[:, [3000, 3001, 4500]] = 1.0
+    logits[4] = 0.0
+    targets = torch.tensor([3000, 3001, 4500, 7, 0])
+    stats = rows.empty_stats(5, ("logp", "top1"), torch.float32, logits.device)
+    native_rows.row_stats(logits, targets, LogitForm(), stats)
+    assert stats.stats.top1.tolist() == [True, False, False, False, True]
