@@ -204,6 +204,13 @@ def test_model_settings(tmp_path):
         make("ours", tmp_path, model=model, debug="underflow_overflow").train()
 
 
+def test_models_that_cannot_recompute_are_named(tmp_path):
+    trainer = make("ours", tmp_path, model=torch.nn.Linear(2, 2), gradient_checkpointing=True)
+    with pytest.raises(ValueError, match=r"gradient_checkpointing=True .+ but Linear has no"):
+        trainer.train()
+    assert not trainer.is_in_train
+
+
 def test_log_level(tmp_path, monkeypatch):
     before = transformers.logging.get_verbosity()
     try:

@@ -197,17 +197,13 @@ class _Kept:
         rows = None if flat else sum(counts)
         name = getattr(self.trainer.model, "main_input_name", "input_ids")
         given = inputs.input_ids if isinstance(inputs, TokenBatch) else inputs.get(name)
-        values = {
-            "loss": loss.repeat(max(counts)) if loss is not None and "loss" in self.wanted else None,
-            "inputs": given if "inputs" in self.wanted else None,
-            "labels": labels,
-            "logits": logits,
-        }
-        values["labels"] = self._pad(values["labels"])
-        values["logits"] = self._pad(values["logits"])
+        values = {"labels": self._pad(labels), "logits": self._pad(logits)}
+        if "loss" in self.wanted and loss is not None:
+            values["loss"] = loss.repeat(max(counts))
+        if "inputs" in self.wanted:
+            values["inputs"] = self._pad(given)
         if logits is not None and self.trainer.preprocess_logits_for_metrics is not None:
             values["logits"] = self.trainer.preprocess_logits_for_metrics(values["logits"], values["labels"])
-        values["inputs"] = self._pad(values["inputs"])
         values = {key: self._gather(value, rows) for key, value in values.items()}
         if self.in_batches and logits is not None and labels is not None:
             self.of_batches = self._compute(values, compute_result=last)
@@ -250,8 +246,8 @@ class _Kept:
         prediction = EvalPrediction(
             predictions=values["logits"],
             label_ids=values["labels"],
-            inputs=values["inputs"] if "inputs" in self.wanted else None,
-            losses=values["loss"] if "loss" in self.wanted else None,
+            inputs=values.get("inputs"),
+            losses=values.get("loss"),
         )
         return self.trainer.compute_metrics(prediction, **kwargs)
 

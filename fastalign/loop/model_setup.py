@@ -52,7 +52,12 @@ def ready_for_training(trainer) -> Iterator[None]:
 
 def _enable_gradient_checkpointing(model, options: dict) -> None:
     """`every_n_layers` and `offload` are the model's, the rest torch's; ValueError if this transformers lacks one."""
-    enable = model.gradient_checkpointing_enable
+    enable = getattr(model, "gradient_checkpointing_enable", None)
+    if enable is None:
+        raise ValueError(
+            f"gradient_checkpointing=True (the default), but {type(model).__name__} has no "
+            "gradient_checkpointing_enable: set it to False."
+        )
     own = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}
     known = inspect.signature(enable).parameters
     takes_any = any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in known.values())

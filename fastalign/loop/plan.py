@@ -19,9 +19,7 @@ class TrainingPlan:
     steps_per_epoch: int
     batches_per_epoch: int
     max_steps: int
-    num_examples: int  # in the dataset
     num_train_samples: float  # that the whole run sees, over all ranks
-    examples_per_step: int  # over all ranks
 
     def position(self, state, accumulation: int) -> tuple[int, int]:
         """(epoch, optimizer steps done in it) of a run in `state`."""
@@ -49,7 +47,7 @@ def plan_training(args, loader, batch_size: int, world: int) -> TrainingPlan:
             )
         samples = args.max_steps * examples_per_step
         batches = args.max_steps * accumulation
-        return TrainingPlan(sys.maxsize, args.max_steps, batches, args.max_steps, samples, samples, examples_per_step)
+        return TrainingPlan(sys.maxsize, args.max_steps, batches, args.max_steps, samples)
     num_batches = len(loader)
     if num_batches == 0:
         raise ValueError(
@@ -57,14 +55,13 @@ def plan_training(args, loader, batch_size: int, world: int) -> TrainingPlan:
             f"on {world} processes, dataloader_drop_last={args.dataloader_drop_last}. Add data or use smaller batches."
         )
     steps = math.ceil(num_batches / accumulation)
-    num_examples = _num_examples(loader, batch_size)
     if args.max_steps > 0:
         max_steps, num_epochs = args.max_steps, math.ceil(args.max_steps / steps)
         samples = max_steps * examples_per_step
     else:
         max_steps, num_epochs = math.ceil(args.num_train_epochs * steps), math.ceil(args.num_train_epochs)
-        samples = num_examples * args.num_train_epochs
-    return TrainingPlan(num_epochs, steps, num_batches, max_steps, num_examples, samples, examples_per_step)
+        samples = _num_examples(loader, batch_size) * args.num_train_epochs
+    return TrainingPlan(num_epochs, steps, num_batches, max_steps, samples)
 
 
 def _num_examples(loader, batch_size: int) -> int:

@@ -192,14 +192,14 @@ class Trainer(RunOutputs):
         wish = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         wish = {"true": True, "false": False}.get(str(wish).lower(), wish)
         path = checkpoint.checkpoint_to_resume(self, wish)
-        self.is_in_train = True
         size = starting_batch_size(self.args, self._train_batch_size, path)
         run: Any = find_executable_batch_size(self._inner_training_loop, size, self.args.auto_find_batch_size)
-        with ready_for_training(self), hub.quiet_uploads(self.args):
-            try:
+        self.is_in_train = True
+        try:
+            with ready_for_training(self), hub.quiet_uploads(self.args):
                 return run(path=path, ignore_keys=ignore_keys_for_eval)
-            finally:
-                self.is_in_train = False
+        finally:
+            self.is_in_train = False
 
     def _inner_training_loop(self, batch_size: int, path: str | None, ignore_keys) -> TrainOutput:
         self._train_batch_size = batch_size
