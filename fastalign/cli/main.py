@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from difflib import get_close_matches
 
@@ -82,6 +83,8 @@ def main(arguments: list[str] | None = None) -> int:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         print(f"fastalign: error: unknown command {name!r}{hint}\n\n{_overview()}", file=sys.stderr)
         return 2
+    # threads that wait must sleep: beside another busy process, spinning ones slow everything several times
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return COMMANDS[name][1](rest)
     except KeyboardInterrupt:
