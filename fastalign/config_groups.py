@@ -30,6 +30,9 @@ class ModelArgs:
     def check_model_args(self) -> None:
         """Refuse checkpointing options that contradict each other (ValueError)."""
         config: Any = self
+        if not self.selective_checkpointing and "selective" in (config.gradient_checkpointing_kwargs or {}):
+            config.gradient_checkpointing_kwargs = dict(config.gradient_checkpointing_kwargs)
+            del config.gradient_checkpointing_kwargs["selective"]  # off; not an option of torch's checkpoint
         if self.selective_checkpointing:
             if not config.gradient_checkpointing:
                 raise ValueError("`gradient_checkpointing_kwargs={'selective': True}` needs `gradient_checkpointing`.")

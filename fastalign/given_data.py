@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
@@ -11,11 +11,12 @@ from transformers import TrainingArguments, set_seed
 
 from .adapters import add_adapter
 from .config import AlignConfig
+from .data.batch import TokenBatch
 from .data.dict_batches import BatchAdapter
 from .data.formats import first_row, has_images
 from .loop import Trainer
 from .loop.selective import enable_selective_checkpointing
-from .models import LoadedModel, model_name, resolve_model, router_loss_coefficient, set_pad_token
+from .models import LoadedModel, model_name, position_limit, resolve_model, router_loss_coefficient, set_pad_token
 from .policy import prepare_policy
 
 
@@ -46,11 +47,12 @@ class GivenDataTrainer(Trainer):
         _check_kinds(model, train_dataset, eval_dataset)
         config: Any = as_config(args, self.config_class, f"{model_name(model).split('/')[-1]}-{self._name}")
         self.args = config
-        sample = first_row(train_dataset, "train")
+        sample = first_row(cast(Any, train_dataset), "train")
         if isinstance(train_dataset, IterableDataset):
             config.accelerator_config.dispatch_batches = False  # batches of ranks differ in length
         set_seed(config.seed)  # adapters start from random weights
         self.loaded = loaded = resolve_model(model, config, quantization_config, processing_class)
+        self.longest = position_limit(loaded.model)
         self.has_images = has_images(sample)
         reentrant = (config.gradient_checkpointing_kwargs or {}).get("use_reentrant")
         if loaded.is_vision and config.ddp_find_unused_parameters is None and not reentrant:
@@ -119,6 +121,14 @@ class GivenDataTrainer(Trainer):
     def router_inputs(self) -> dict:
         """Arguments that make a mixture of experts return its balancing loss, where that is weighted."""
         return {"output_router_logits": True} if self.router_coefficient else {}
+
+    def check_lengths(self, batch: TokenBatch) -> None:
+        """ValueError for a sequence that is longer than the model's table of positions."""
+        if self.longest is not None and batch.max_seqlen > self.longest:
+            raise ValueError(
+                f"A sequence has {batch.max_seqlen} tokens, but {type(self.model).__name__} has positions for "
+                f"{self.longest}. Set `max_length` to at most that."
+            )
 
     def over_ranks(self, loss: Tensor, num_items_in_batch) -> Tensor:
         """`loss` normalised by the tokens of all ranks, times their number, because gradients are averaged."""

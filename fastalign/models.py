@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, PreTra
 logger = logging.getLogger(__name__)
 
 DTYPES = ("bfloat16", "float16", "float32")
+POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings", "position_embedding")
 
 
 @dataclass
@@ -53,6 +54,16 @@ def model_name(model) -> str:
     return getattr(model.config, "_name_or_path", "") or ""
 
 
+def position_limit(model) -> int | None:
+    """Longest sequence, in tokens, where the model looks positions up in a table; None where it computes them."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        is_table = isinstance(module, torch.nn.Embedding) and name.rpartition(".")[2] in POSITION_TABLES
+        if is_table and limit and 0 <= module.num_embeddings - limit <= 2:  # OPT keeps two rows more
+            return limit
+    return None
+
+
 def model_class(config):
     """The class that `config.architectures` names; the auto class where transformers does not know that name."""
     for name in config.architectures or ():
@@ -68,6 +79,13 @@ def load_model(name: str, *, trust_remote_code: bool = False, **init_kwargs):
 
     `dtype` is a `torch.dtype`, "auto", or one of "bfloat16", "float16", "float32"; anything else raises ValueError.
     """
+    if os.path.isfile(os.path.join(name, "adapter_config.json")) and not os.path.isfile(
+        os.path.join(name, "config.json")
+    ):
+        raise ValueError(
+            f"{name!r} holds an adapter and no model. Load it with `peft.AutoPeftModelForCausalLM` and "
+            "`is_trainable=True`, and pass the object as `model`."
+        )
     dtype = init_kwargs.setdefault("dtype", "float32")
     if isinstance(dtype, str) and dtype != "auto":
         if dtype not in DTYPES:
@@ -112,7 +130,13 @@ def resolve_model(model, args, quantization_config=None, processing_class=None) 
                 logger.warning(
                     f"`{name}` is ignored: the model is already instantiated. Pass the model by name to use it."
                 )
+    if model.get_output_embeddings() is None:
+        raise ValueError(
+            f"{type(model).__name__} has no language-modelling head; load it with AutoModelForCausalLM, or pass its name."
+        )
     if processing_class is None:
+        if not model_name(model):
+            raise ValueError("The model does not know its name, so its tokenizer must be given as `processing_class`.")
         processing_class = AutoProcessor.from_pretrained(
             model_name(model), revision=revision, trust_remote_code=args.trust_remote_code
         )

@@ -213,6 +213,20 @@ def test_evaluate_prepares_a_dataset_it_is_given(tmp_path):
     assert trainer.evaluate(_rows("completion", 8))["eval_loss"] == pytest.approx(both["eval_a_loss"])
 
 
+def test_selective_checkpointing_may_be_switched_off(plain, tmp_path):
+    trainer = _train(tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs={"selective": False})
+    np.testing.assert_allclose(_losses(trainer), plain, rtol=LOSS_RTOL)
+
+
+def test_model_names_that_cannot_be_loaded_are_explained(tmp_path):
+    config = SFTConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    with pytest.raises(ValueError, match="given as `processing_class`"):
+        SFTTrainer(tiny_model(), config, train_dataset=_rows("text"))
+    _train(tmp_path, peft_config=_lora(), steps=1).save_model(str(tmp_path / "adapter"))
+    with pytest.raises(ValueError, match="holds an adapter and no model"):
+        SFTTrainer(str(tmp_path / "adapter"), config, train_dataset=_rows("text"))
+
+
 def test_predict_prepares_a_dataset_it_is_given(tmp_path):
     trainer = _train(tmp_path, steps=1)
     rows = _rows("completion", 6)
@@ -310,6 +324,12 @@ ERRORS = {  # name -> (exception, words of the message, what is passed)
         {"data": Dataset.from_dict({"input_ids": [[5, 6, 7]] * 4, "labels": [[-100] * 3] * 4})},
     ),
     "model": (TypeError, "`model` must be", {"model": torch.nn.Linear(2, 2)}),
+    "model without a head": (ValueError, "no language-modelling head", {"model": tiny_model().model}),
+    "sequence longer than the model": (
+        ValueError,
+        "400 tokens, but GPT2LMHeadModel has positions for 256",
+        {"family": "gpt2", "data": Dataset.from_dict({"input_ids": [[5] * 400] * 4})},
+    ),
     "evaluation list": (TypeError, "`eval_dataset` must be .* got `list`", {"eval_dataset": [{"text": "a"}]}),
     "collator and packing": (ValueError, "data_collator", {"data_collator": dict, "packing": True}),
     "collator and padding-free": (ValueError, "data_collator", {"data_collator": dict, "padding_free": True}),

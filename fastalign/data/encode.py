@@ -124,7 +124,7 @@ class Encoder:
                 **(self.processing_class.special_tokens_map | arguments),
             )
             try:
-                output = render([conversations[i] for i in members])
+                output: Any = render([conversations[i] for i in members])
             except (TemplateError, TypeError):
                 for i in members:
                     _render_alone(render, conversations[i])

@@ -151,35 +151,23 @@ class SFTTokenizer:
     eos_token: str  # empty for conversations
     columns: list[str]
     name: str
-    counts: dict[str, int] = field(default_factory=lambda: {"truncated": 0, "dropped": 0})
+    counts: dict[str, int] = field(default_factory=lambda: {"truncated": 0})
 
     def __call__(self, batch: Mapping[str, Any] | pa.Table) -> pa.Table:
         """Arrow table with the columns of the result."""
-        extra = None
-        if self.kind == "tokens":
-            rows, extra = self._tokens(batch)
-        else:
-            rows = getattr(self, f"_{self.kind}")(batch)
+        rows: Rows = getattr(self, f"_{self.kind}")(batch)
+        keep = rows.lengths > 0
         if self.max_length is not None:
-            cut = rows.lengths > self.max_length
-            if extra is not None and cut.any():
-                raise ValueError(
-                    f"The {self.name} dataset is packed already (`seq_lengths`) with rows of {rows.lengths.max()} "
-                    f"tokens, but `max_length` is {self.max_length}. Raise `max_length`, or pack anew."
-                )
+            self.counts["truncated"] += int((rows.lengths > self.max_length).sum())
             rows = rows.truncated(self.max_length, self.truncation_mode)
-            scored = rows.scored()
-            self.counts["truncated"] += int(cut.sum())
-            self.counts["dropped"] += int((~scored).sum())
-            rows, extra = rows.take(scored), extra if extra is None else extra.filter(pa.array(scored))
-        table = rows.table()
-        return table if extra is None else table.append_column("seq_lengths", extra)
+            keep = rows.scored()
+        return rows.take(keep).table()
 
     def lists(self, batch: Mapping[str, Any]) -> dict[str, list]:
         """The same as lists, which streams want."""
         return self(batch).to_pydict()
 
-    def _tokens(self, batch: Any) -> tuple[Rows, Any]:
+    def _tokens(self, batch: Any) -> Rows:
         """Rows that come as ids, with labels or with masks to make them from."""
         ids, lengths = flat_column(batch["input_ids"], "input_ids")
         used = ["assistant_masks", "completion_mask"] if self.completion_only else ["assistant_masks"]
@@ -194,8 +182,7 @@ class SFTTokenizer:
                     f"{i} of its batch); they must be equally long."
                 )
         labels = parts["labels"] if "labels" in parts else build_labels(ids, parts.values())
-        packed = batch["seq_lengths"] if "seq_lengths" in self.columns else None
-        return Rows(ids, labels, lengths), pa.array(packed) if isinstance(packed, list) else packed
+        return Rows(ids, labels, lengths)
 
     def _text(self, batch: Mapping[str, list]) -> Rows:
         if self.formatting_func is None:
@@ -259,14 +246,7 @@ class SFTTokenizer:
 
 
 def _run(dataset: Dataset | IterableDataset, step: SFTTokenizer, num_proc: int | None) -> Dataset | IterableDataset:
-    kept = [c for c in ("input_ids", "labels", "seq_lengths") if c in step.columns]
-    if step.kind == "tokens" and "labels" in kept and step.max_length is None:
-        result = dataset.select_columns(kept)
-        if isinstance(result, Dataset):
-            _check_result(result, step, len(result))
-        return result
-    names = ["input_ids", "labels"] + (["seq_lengths"] if step.kind == "tokens" and "seq_lengths" in kept else [])
-    features = Features({column: List(Value("int32")) for column in names})
+    features = Features({column: List(Value("int32")) for column in ("input_ids", "labels")})
     if isinstance(dataset, IterableDataset):
         return dataset.with_format(None).map(step.lists, batched=True, remove_columns=step.columns, features=features)
     source = dataset.with_format("arrow" if step.kind == "tokens" else None)

@@ -286,6 +286,7 @@ class SFTTrainer(GivenDataTrainer):
 
     def compute_loss(self, model, inputs: TokenBatch, return_outputs: bool = False, num_items_in_batch=None):
         """Token losses summed over `num_items_in_batch` (unset: this batch's scored tokens), plus the router's."""
+        self.check_lengths(inputs)
         norm = inputs.num_scored if num_items_in_batch is None else num_items_in_batch
         norm = norm.clamp(min=1) if isinstance(norm, Tensor) else max(norm, 1)
         router, outputs = self.router_inputs(), None
