@@ -132,7 +132,7 @@ def resolve_model(model, args, quantization_config=None, processing_class=None) 
                 )
     if model.get_output_embeddings() is None:
         raise ValueError(
-            f"{type(model).__name__} has no language-modelling head; load it with AutoModelForCausalLM, or pass its name."
+            f"{type(model).__name__} has no language-modelling head; use AutoModelForCausalLM, or pass its name."
         )
     if processing_class is None:
         if not model_name(model):
