@@ -270,6 +270,14 @@ def test_exchange_with_trl(peft, tmp_path):
     assert_same({k: v.clone() for k, v in back.model.state_dict().items()}, weights_of(whole), 1e-5)
 
 
+def test_deepspeed_is_refused_before_training(tmp_path, monkeypatch):
+    made = trainer(tmp_path, max_steps=1)
+    monkeypatch.setattr(type(made.accelerator.state), "deepspeed_plugin", object())
+    with pytest.raises(NotImplementedError, match="DeepSpeed"):
+        made.train()
+    assert made.state.global_step == 0
+
+
 def test_callback_states_are_restored(tmp_path):
     from transformers import EarlyStoppingCallback
 

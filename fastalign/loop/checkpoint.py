@@ -84,10 +84,7 @@ def save_model(trainer, folder: str | os.PathLike) -> None:
 def _collect(trainer) -> dict[str, Any]:
     """What only all ranks together know: whole weights and optimizer states, random states, the loop's own state."""
     keep = trainer.args.should_save
-    if getattr(trainer.accelerator.state, "deepspeed_plugin", None) is not None:
-        raise NotImplementedError(
-            "Checkpoints under DeepSpeed are not supported: set save_strategy='no', or use FSDP2."
-        )
+    _refuse_deepspeed(trainer)
     parts: dict[str, Any] = {"model": model_state(trainer.accelerator.unwrap_model(trainer.model), keep)}
     if trainer.args.save_only_model:
         return parts
@@ -95,6 +92,13 @@ def _collect(trainer) -> dict[str, Any]:
     parts["rng"] = _gather(_rng_state())
     parts["loop"] = _gather(trainer.state_dict())
     return parts
+
+
+def _refuse_deepspeed(trainer) -> None:
+    if getattr(trainer.accelerator.state, "deepspeed_plugin", None) is not None:
+        raise NotImplementedError(
+            "Checkpoints under DeepSpeed are not supported: set save_strategy='no', or use FSDP2."
+        )
 
 
 def _write_training_state(trainer, folder: Path, parts: dict[str, Any]) -> None:
@@ -146,6 +150,8 @@ def checkpoint_to_resume(trainer, resume_from_checkpoint: str | bool | os.PathLi
 
     The main process looks and tells the others. ValueError if there is none, or the one named is not complete.
     """
+    if trainer.args.save_strategy != "no":
+        _refuse_deepspeed(trainer)  # before any work is lost
     output_dir = trainer.args.output_dir
     answer: list[str | None] = [None, None]  # path, error
     if trainer.accelerator.is_main_process:
