@@ -11,7 +11,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from . import flat_attention
 from .data.batch import TokenBatch
 from .logit_form import head_output_kept, read_logit_form
 from .policy_check import flat_error, head_error, is_whole, quiet
-from .scoring_head import ScoringRequest, attach_heads, scoring, unpack_stats, with_temperature
+from .scoring_head import ScoringRequest, attach_heads, scoring, unpack_stats
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +178,7 @@ def _score(
         length=batch.input_ids.shape[-1],
         mode=mode,
         outputs=outputs,
-        form=with_temperature(info.form, options["temperature"]),
+        form=replace(info.form, temperature=options["temperature"]),
         loss_fn=options.get("loss_fn"),
         heads=attach_heads(base),
     )
@@ -207,6 +207,8 @@ def _segments(base: Any, batch: TokenBatch) -> Segments | None:
             f"{type(base).__name__} cannot take flat batches ({info.reason}), found one of {batch.num_segments} "
             "segments; collate padded rows: TokenCollator(flat=False)."
         )
+    if not base.config._attn_implementation.startswith(flat_attention.NAME):  # somebody set it after the preparation
+        flat_attention.select_flat_attention(base)
     return Segments(batch.cu_seqlens, batch.max_seqlen)
 
 

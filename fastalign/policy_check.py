@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .data.batch import TokenBatch
+from .data.collate import collate_flat
 
 LENGTHS = (7, 5)  # tokens of the two segments
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 3e-4, torch.float16: 0.03, torch.bfloat16: 0.2}  # nats, logits to 10
@@ -83,22 +84,7 @@ def _segments(base: Any) -> list[Tensor]:
 
 def _batch(segments: list[Tensor]) -> TokenBatch:
     """A flat batch of `segments` with every token but the first of each scored."""
-    lengths = [len(s) for s in segments]
-    starts = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
-    ids, device = torch.cat(segments), segments[0].device
-    pairs = list(zip(starts, lengths, strict=False))
-    source = torch.cat([torch.arange(a, a + n - 1) for a, n in pairs]).to(device)
-    return TokenBatch(
-        input_ids=ids,
-        position_ids=torch.cat([torch.arange(n) for n in lengths]).to(device),
-        cu_seqlens=torch.tensor(starts, dtype=torch.int32, device=device),
-        source=source,
-        targets=ids[source + 1],
-        row=torch.cat([torch.full((n - 1,), i) for i, n in enumerate(lengths)]).to(device),
-        weight=torch.ones(len(source), device=device),
-        max_seqlen=max(lengths),
-        num_tokens=len(ids),
-    )
+    return collate_flat([s.tolist() for s in segments]).to(segments[0].device)
 
 
 def _own_logp(logits: Logits, segment: Tensor) -> tuple[Tensor, float]:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -136,11 +136,6 @@ def unpack_stats(result: Tensor, outputs: tuple[str, ...]) -> TokenStats:
     if "top1" in columns:
         columns["top1"] = columns["top1"] > 0.5
     return TokenStats(**columns)
-
-
-def with_temperature(form: LogitForm, temperature: float | Tensor) -> LogitForm:
-    """`form` with a temperature, a number or (N,)."""
-    return replace(form, temperature=temperature)
 
 
 def _operands(module: Any, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -204,3 +204,30 @@ def test_cpu_attends_segment_by_segment():
 def test_cuda_backends(name, dtype):
     tolerance = 3e-2 if dtype == torch.bfloat16 else 1e-3
     _assert_equals_reference(packed_attention, FEATURES[name], dtype=dtype, device="cuda", tolerance=tolerance)
+
+
+def test_flash_attn_leaves_dropout_with_a_softcap_to_the_segments(monkeypatch):
+    """Its kernels have either; head sizes, dtypes and sinks that none of them takes are left out too."""
+    monkeypatch.setattr(device_backends, "has_flash_attn", lambda: True)
+    monkeypatch.setattr(device_backends, "_capability", lambda index: 9)
+    plain = {"window": None, "softcap": None, "sinks": False, "dropout": 0.0}
+
+    def fits(dtype=torch.bfloat16, head_size=64, **wanted):
+        q = torch.empty(4, 2, head_size, dtype=dtype)
+        return device_backends.fitting_backends(q, q, q, **plain | wanted)
+
+    assert fits() == ["flash_attn", "varlen", "flex"]
+    assert fits(dropout=0.1) == ["flash_attn"]
+    assert fits(softcap=30.0) == ["flash_attn", "flex"]
+    assert fits(softcap=30.0, dropout=0.1) == []
+    assert fits(sinks=True) == fits(head_size=36) == ["flex"]
+    assert fits(dtype=torch.float32) == []
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_varlen_takes_our_arguments(window):
+    """On the meta device, where torch checks the call without computing."""
+    q, k = torch.empty(9, 6, 16, device="meta"), torch.empty(9, 2, 16, device="meta")
+    segments = Segments(torch.tensor([0, 4, 9], dtype=torch.int32, device="meta"), 5)
+    out = device_backends.varlen_attention(q, k, k, segments, scale=0.25, causal=True, window=window)
+    assert out.is_meta and out.shape == q.shape

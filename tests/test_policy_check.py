@@ -151,3 +151,12 @@ def test_a_softcap_that_sdpa_leaves_out_is_said(caplog):
     with caplog.at_level(logging.WARNING):
         prepare_policy(tiny_model("gemma2"))
     assert "attn_logit_softcapping=5.0" in caplog.text and "eager" in caplog.text
+
+
+def test_attention_set_after_the_preparation_does_not_leak():
+    model, sequences = build_model("gpt_oss"), sequences_of()
+    batch = batch_of(sequences)
+    expected, _ = plain_logps(model, sequences, batch)
+    assert prepare_policy(model).flat
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(token_stats(model, batch).stats.logp, expected.detach(), atol=1e-5, rtol=1e-5)

@@ -28,15 +28,6 @@ def has_flash_attn() -> bool:
 
 
 @functools.cache
-def _varlen_parameters() -> frozenset[str]:
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return frozenset()
-    return frozenset(inspect.signature(varlen_attn).parameters)
-
-
-@functools.cache
 def _capability(index: int) -> int:
     return torch.cuda.get_device_capability(index)[0]
 
@@ -56,9 +47,9 @@ def fitting_backends(
     fits = []
     is_flash_shape = query.dtype in HALF and same_size and head_size <= 256 and head_size % 8 == 0 and not sinks
     if is_flash_shape and _capability(query.device.index) >= 8:
-        if has_flash_attn():
+        if has_flash_attn() and (softcap is None or dropout == 0.0):
             fits.append("flash_attn")
-        if {"scale", "window_size"} <= _varlen_parameters() and softcap is None and dropout == 0.0:
+        if softcap is None and dropout == 0.0:
             fits.append("varlen")
     if dropout == 0.0 and (softcap is not None or sinks or query.dtype in HALF) and head_size >= 16:
         fits.append("flex")
@@ -73,7 +64,7 @@ def flash_attn_attention(q, k, v, segments: Segments, *, scale, causal, window, 
     reach = (-1, -1) if window is None else (window - 1, 0)
     return flash_attn_varlen_func(
         q, k, v, cu, cu, longest, longest, dropout_p=dropout, softmax_scale=scale, causal=causal, window_size=reach,
-        softcap=softcap or 0.0,
+        softcap=softcap or 0.0, deterministic=torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
 
 
@@ -83,14 +74,12 @@ def varlen_attention(q, k, v, segments: Segments, *, scale, causal, window) -> T
 
     cu, longest = segments.cu_seqlens, segments.max_seqlen
     reach = (-1 if window is None else window - 1, 0 if causal else -1)
-    grouped: dict[str, Any] = {}
-    if q.shape[1] != k.shape[1]:
-        if "enable_gqa" in _varlen_parameters():
-            grouped = {"enable_gqa": True}
-        else:
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     attend: Any = varlen_attn
-    return attend(q, k, v, cu, cu, longest, longest, scale=scale, window_size=reach, **grouped)
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        attend = functools.partial(attend, enable_gqa=q.shape[1] != k.shape[1])
+    elif q.shape[1] != k.shape[1]:  # TODO: drop with torch < 2.12
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    return attend(q, k, v, cu, cu, longest, longest, scale=scale, window_size=reach)
 
 
 @functools.cache

@@ -15,12 +15,6 @@ from fastalign_kernels.head.token_stats import LogitForm, TokenStats
 LossFunction = Callable[[TokenStats, slice], Tensor]
 
 
-def _keeps_graph() -> bool:
-    """The running backward pass may come again (`retain_graph`); yes where torch cannot say."""
-    ask = getattr(getattr(torch._C, "_autograd", None), "_get_current_graph_task_keep_graph", None)
-    return True if ask is None else ask()
-
-
 class _FromGradients(torch.autograd.Function):
     """Hands a loss its gradients, made before: backward scales them by the gradient of the loss, on the device."""
 
@@ -37,7 +31,7 @@ class _FromGradients(torch.autograd.Function):
                 "backward through this fused head loss ran before and its gradients were used up: "
                 "pass retain_graph=True to the first backward, or use deferred"
             )
-        keep = _keeps_graph()
+        keep = torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore  # may backward come again?
         grads = ctx.sums.scaled(grad_loss, keep=keep)
         if not keep:
             ctx.sums = None
