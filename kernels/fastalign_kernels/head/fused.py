@@ -48,8 +48,9 @@ def _chunk_loss(
         leaves[name].requires_grad_()
     with torch.set_grad_enabled(needs_grad):
         loss = loss_fn(TokenStats(**leaves), span)
-    if loss.dim() != 0:
-        raise ValueError(f"loss_fn returned a tensor of shape {tuple(loss.shape)}: return a scalar, such as a sum")
+    if not isinstance(loss, Tensor) or loss.dim() != 0:
+        found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{loss!r}"
+        raise ValueError(f"loss_fn returned {found}: return a scalar tensor, such as a sum")
     if not loss.requires_grad:
         return loss, Coefficients()
     grads = torch.autograd.grad(loss, [leaves[name] for name in smooth], allow_unused=True)
