@@ -370,7 +370,7 @@ def test_errors_name_what_is_wrong(change, message):
 
 def test_loss_must_be_a_scalar():
     hidden, weight, _, targets = problem(with_bias=False)
-    with pytest.raises(ValueError, match="returned 0.0: return a scalar tensor"):
+    with pytest.raises(ValueError, match=r"returned 0\.0: return a scalar tensor"):
         fk.fused(hidden, weight, targets, lambda stats, span: 0.0)
     with pytest.raises(ValueError, match="return a scalar"):
         fk.fused(hidden, weight, targets, lambda s, _: s.logp)
