@@ -32,7 +32,7 @@ class AlignConfig(TrainingArguments):
     bf16: bool | None = arg(
         None, "Mixed precision with bfloat16; unset: on unless fp16 is set or the machine has no bf16 GPU."
     )
-    lr_scheduler_kwargs: dict | str | None = arg(  # noqa: RUF009 (the field is made once, as with dataclasses.field)
+    lr_scheduler_kwargs: dict | str | None = arg(
         None, "Arguments of the learning-rate schedule, a dict or JSON, such as {'num_cycles': 1}."
     )
     token_budget: int | None = arg(
