@@ -77,7 +77,7 @@ def bench_dataset(num_rows: int, repeats: int, names: list[str]) -> list[dict]:
         dataset = make_dataset(Path(folder), num_rows)
         num_tokens = int(np.minimum(make_lengths(num_rows), CAPACITY).sum())
         row = {"op": "pack_dataset", "shape": f"{num_rows} rows, {num_tokens} tokens, capacity {CAPACITY}"}
-        row |= {"mode": "bfd, file to file", "dtype": "int32"}
+        row |= {"mode": "bfd, from a file", "dtype": "int32"}
         waste = {}
         for name in names:  # warm-up, and how full the packs are
             packed = provider(name)(dataset, CAPACITY, map_kwargs=UNCACHED)

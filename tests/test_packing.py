@@ -243,7 +243,11 @@ def test_stream_without_known_features():
 def test_result_is_cached_by_content(tmp_path, monkeypatch):
     make_dataset([3, 4, 5, 6]).save_to_disk(tmp_path / "data")
     dataset = load_from_disk(tmp_path / "data")
+    small = pack_dataset(dataset, 8)
+    assert small.cache_files == []
+    monkeypatch.setattr(packing, "IN_MEMORY_BYTES", 4 * 18 - 1)  # the values of the 18 tokens do not fit
     packed = pack_dataset(dataset, 8)
+    assert small[:] == packed[:] and small._fingerprint == packed._fingerprint
     files = [file["filename"] for file in packed.cache_files]
     assert [os.path.dirname(file) for file in files] == [str(tmp_path / "data")]
     assert not [name for name in os.listdir(tmp_path / "data") if name.startswith("tmp-")]

@@ -8,6 +8,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -32,6 +33,7 @@ _NOT_FOR_ROWS = {"tokenize", "return_dict", "add_generation_prompt", "continue_f
     "tokenizer_kwargs",
 }
 _CHECKED_ROWS = 8  # rows on which the piecewise encoding is held against the direct one before it is trusted
+_ROWS_AT_ONCE = 250  # conversations that are rendered while the ones before them are encoded
 
 
 @dataclass
@@ -94,9 +96,24 @@ class Encoder:
         check_conversations(conversations)
         if not self.is_fast:
             return self._one_by_one(conversations, settings, generation_prompt, marks)
-        texts, spans = self.render(conversations, settings, generation_prompt, marks)
-        if not marks:
-            return self._rendered(texts), None
+        encode = self._marked if marks else self._unmarked
+        parts = [slice(i, i + _ROWS_AT_ONCE) for i in range(0, len(conversations), _ROWS_AT_ONCE)]
+        with ThreadPoolExecutor(1) as pool:  # the tokenizer works outside of Python while the next rows are rendered
+            running = []
+            for part in parts:
+                of_rows = None if settings is None else settings[part]
+                running.append(
+                    pool.submit(encode, *self.render(conversations[part], of_rows, generation_prompt, marks))
+                )
+            encoded = [future.result() for future in running]
+        ids = [row for part in encoded for row in part[0]]
+        return ids, [row for part in encoded for row in part[1]] if marks else None
+
+    def _unmarked(self, texts: list[str], spans: list) -> tuple[Ids]:
+        return (self._rendered(texts),)
+
+    def _marked(self, texts: list[str], spans: list[list[tuple[int, int]]]) -> tuple[Ids, Ids]:
+        """Ids of rendered conversations, and which of them lie in the character `spans`."""
         encodings = self._backend().encode_batch(texts, add_special_tokens=False)
         masks = [assistant_mask(encoding, found) for encoding, found in zip(encodings, spans, strict=True)]
         return [encoding.ids for encoding in encodings], masks

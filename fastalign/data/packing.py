@@ -6,10 +6,12 @@ import contextlib
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import islice
 from typing import Any
 
 import datasets
@@ -26,6 +28,8 @@ STRATEGIES = {"bfd": "bfd", "bfd_split": "bfd_split", "bfd-requeue": "bfd_split"
 AnyDataset = datasets.Dataset | datasets.IterableDataset | datasets.DatasetDict | datasets.IterableDatasetDict
 LARGEST_CAPACITY = 2**24  # tokens; a plan keeps two queues of bins per possible space
 TOKENS_PER_BATCH = 2**21  # of a record batch that is written: bounds the memory of packing
+IN_MEMORY_BYTES = 2**30  # values of a result that is kept in memory and not written to a file
+GATHERING_THREADS = 2  # more of them only wait for memory
 SEQ_LENGTHS = datasets.List(datasets.Value("int32"))
 # Arguments of `Dataset.map` that change how it runs and not what it makes; a plan over all rows has no use for them.
 MAP_ONLY = ("num_proc", "desc", "batch_size", "writer_batch_size")
@@ -100,10 +104,11 @@ def pack_dataset(
     Strategies as in `plan_packs`. All columns must be lists that are equally long in each row, and are packed alike;
     bfd and bfd_split add the column `seq_lengths`, the lengths of the sequences in each packed row. The plan is made
     over all rows of a `Dataset`, where TRL's sees windows of 1000, and over windows of `batch_size` rows (1000) of an
-    `IterableDataset`. The result is cached beside the dataset's own cache files, by its fingerprint. `map_kwargs` are
-    those of `datasets`: for a Dataset `load_from_cache_file`, `keep_in_memory`, `cache_file_name` and
-    `new_fingerprint` count, arguments that only set the pace of `map` have no effect, others raise ValueError. Raises
-    TypeError for a column that is no list, ValueError for lengths that differ between columns.
+    `IterableDataset`. Up to IN_MEMORY_BYTES the result stays in memory, since making it again is faster than reading
+    it; a larger one is cached beside the dataset's own cache files, by its fingerprint. `map_kwargs` are those of
+    `datasets`: for a Dataset `load_from_cache_file`, `keep_in_memory`, `cache_file_name` and `new_fingerprint` count,
+    arguments that only set the pace of `map` have no effect, others raise ValueError. Raises TypeError for a column
+    that is no list, ValueError for lengths that differ between columns.
     """
     strategy, map_kwargs = _strategy(strategy), dict(map_kwargs or {})
     if isinstance(dataset, (datasets.DatasetDict, datasets.IterableDatasetDict)):
@@ -150,14 +155,15 @@ def _pack_table(
     new_fingerprint: str | None = None,
 ) -> datasets.Dataset:
     arguments = {"seq_length": seq_length, "strategy": strategy, "seed": seed, "columns": dataset.column_names}
+    features = _packed_features(dataset.features, strategy)
     fingerprint = new_fingerprint or update_fingerprint(dataset._fingerprint, "fastalign.pack_dataset", arguments)
     if load_from_cache_file is None:
         load_from_cache_file = datasets.is_caching_enabled()
-    if cache_file_name is None and dataset.cache_files and not keep_in_memory:
+    columns = _columns(dataset)
+    is_large = sum(column.num_bytes for column in columns) > IN_MEMORY_BYTES
+    if cache_file_name is None and dataset.cache_files and not keep_in_memory and is_large:
         cache_file_name = dataset._get_cache_file_path(fingerprint)
-    features = _packed_features(dataset.features, strategy)
     if not (cache_file_name and load_from_cache_file and os.path.exists(cache_file_name)):
-        columns = _columns(dataset)
         plan = plan_packs(columns[0].lengths, seq_length, strategy, seed=seed)
         _report(plan, columns[0].lengths, strategy)
         batches = _packed_batches(columns, plan, features.arrow_schema)
@@ -218,7 +224,7 @@ def _write(batches: Iterator[pa.RecordBatch], schema: pa.Schema, path: str) -> N
     os.close(handle)
     try:
         with pa.OSFile(aside, "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-            for batch in _one_ahead(batches):
+            for batch in batches:
                 writer.write_batch(batch)
     except BaseException:
         os.unlink(aside)
@@ -231,13 +237,13 @@ def _write(batches: Iterator[pa.RecordBatch], schema: pa.Schema, path: str) -> N
     os.replace(aside, path)
 
 
-def _one_ahead(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """The same batches; each is made in a thread while the one before it is written."""
-    with ThreadPoolExecutor(1) as pool:
-        upcoming = pool.submit(next, batches, None)
-        while (batch := upcoming.result()) is not None:
-            upcoming = pool.submit(next, batches, None)
-            yield batch
+def _some_ahead(calls: Iterator[Callable[[], pa.RecordBatch]]) -> Iterator[pa.RecordBatch]:
+    """What the calls return, in their order; a few run in threads before their result is asked for."""
+    with ThreadPoolExecutor(GATHERING_THREADS) as pool:
+        running = deque(pool.submit(call) for call in islice(calls, 2 * GATHERING_THREADS))
+        while running:
+            yield running.popleft().result()
+            running.extend(pool.submit(call) for call in islice(calls, 1))
 
 
 # Columns and their rows
@@ -253,6 +259,12 @@ class ListColumn:
     chunk: np.ndarray  # (N,) int32, chunk of row r
     start: np.ndarray  # (N,) int64, first value of row r in its chunk
     lengths: np.ndarray  # (N,) int64
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all rows' values (of strings and the like, an estimate)."""
+        kind = self.type.value_type
+        return int(self.lengths.sum()) * (kind.bit_width // 8 if pa.types.is_primitive(kind) else 16)
 
     def gather(self, row: np.ndarray, start: np.ndarray, length: np.ndarray) -> pa.Array:
         """Values of these pieces of rows, back to back."""
@@ -320,7 +332,8 @@ def _packed_batches(columns: list[ListColumn], plan: PackPlan, schema: pa.Schema
     """The packed rows, in record batches of about TOKENS_PER_BATCH tokens."""
     packs_at_once = max(1, TOKENS_PER_BATCH // plan.capacity)
     pack_bounds = plan.pack_bounds
-    for first in range(0, len(plan), packs_at_once):
+
+    def batch_from(first: int) -> pa.RecordBatch:
         last = min(len(plan), first + packs_at_once)
         pieces = slice(plan.packs[first], plan.packs[last])
         piece = plan.row[pieces], plan.start[pieces], plan.length[pieces]
@@ -330,7 +343,9 @@ def _packed_batches(columns: list[ListColumn], plan: PackPlan, schema: pa.Schema
             lengths = pa.array(piece[2].astype(np.int32))
             arrays.append(_list_array(plan.packs[first : last + 1] - pieces.start, lengths, pa.list_(pa.int32())))
         arrays = [array.cast(field.type) for array, field in zip(arrays, schema, strict=True)]
-        yield pa.RecordBatch.from_arrays(arrays, schema=schema)
+        return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+    return _some_ahead(partial(batch_from, first) for first in range(0, len(plan), packs_at_once))
 
 
 def _list_array(bounds: np.ndarray, values: pa.Array, kind: pa.DataType) -> pa.Array:
