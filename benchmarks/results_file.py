@@ -6,6 +6,7 @@ import csv
 import datetime
 import platform
 import re
+import statistics
 import subprocess
 from pathlib import Path
 
@@ -48,8 +49,8 @@ def commit() -> str:
 def percentiles(values: list[float]) -> dict[str, float]:
     """`median`, `p20` and `p80` of repeated measurements, as the columns of a row."""
     ordered = sorted(values)
-    at = {"median": 0.5, "p20": 0.2, "p80": 0.8}
-    return {name: ordered[round(share * (len(ordered) - 1))] for name, share in at.items()}
+    last = len(ordered) - 1
+    return {"median": statistics.median(ordered), "p20": ordered[round(0.2 * last)], "p80": ordered[round(0.8 * last)]}
 
 
 def append_rows(path: str | Path, rows: list[dict]) -> None:
