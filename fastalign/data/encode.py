@@ -16,7 +16,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, ProcessorMixin
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
 from .formats import prepare_multimodal_messages
 from .masks import assistant_mask, common_prefix_length
@@ -132,6 +132,7 @@ class Encoder:
             arguments: dict[str, Any] = {"chat_template": self.chat_template} | arguments
             tools = arguments.pop("tools", None)
             template = self.processing_class.get_chat_template(arguments.pop("chat_template"), tools)
+            _flatten_globals(template)
             render: Callable[..., Any] = partial(
                 render_jinja_template,
                 tools=tools,
@@ -277,6 +278,13 @@ class Encoder:
                         tokenizer.decode(prompt_ids[row][length:]),
                     )
                     return
+
+
+def _flatten_globals(template: str) -> None:
+    """Make the names that a template sees a plain dict: Jinja copies them each time, and a chain of maps slowly."""
+    compiled = _compile_jinja_template(template)  # cached by Transformers, so this is the object that renders
+    if not isinstance(compiled.globals, dict):
+        compiled.globals = dict(compiled.globals)
 
 
 def _render_alone(render: Callable, messages: Messages) -> None:
