@@ -11,7 +11,6 @@ NATIVE_SOURCES := $(wildcard csrc/*.cpp csrc/*.hpp) setup.py
 
 # Threads that wait must sleep: with another busy process, spinning ones slow everything several times.
 export OMP_WAIT_POLICY := PASSIVE
-export TOKENIZERS_PARALLELISM := false
 
 .PHONY: help demo test check bench clean
 .DELETE_ON_ERROR:

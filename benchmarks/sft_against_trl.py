@@ -134,10 +134,10 @@ def measure(folder: pathlib.Path, mode: str, precision: str, options) -> list[di
             if done.returncode:
                 raise SystemExit(f"{library} failed in {mode} {precision}:\n{done.stderr[-3000:]}")
             runs[library].append(json.loads(done.stdout.strip().splitlines()[-1]))
-    worst = max(
-        abs(a - b) / abs(b) for a, b in zip(runs["fastalign"][0]["losses"], runs["trl"][0]["losses"], strict=False)
-    )
-    print(f"{mode:9s} {precision}: losses differ by at most {worst:.1e} (relative)")
+    for name in ("losses", "grad_norms"):
+        pairs = zip(runs["fastalign"][0][name], runs["trl"][0][name], strict=True)
+        worst = max(abs(own - other) / abs(other) for own, other in pairs)
+        print(f"{mode:9s} {precision}: {name} differ by at most {worst:.1e} (relative)")
     rows = []
     for library, results in runs.items():
         speeds = sorted(r["tokens_per_second"] for r in results)
