@@ -10,6 +10,9 @@ os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # Triton reads this where a kernel is decorated, so it must stand before all imports
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 @pytest.fixture(autouse=True)
 def _seed():
