@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    parser.add_argument("--output", default=None, help="CSV file; default: benchmarks/results/<device>.csv")
+    parser.add_argument("--output", default=None, help="JSON file; default: benchmarks/results/<device>.json")
     options = parser.parse_args()
     datasets.disable_caching()
     datasets.disable_progress_bars()

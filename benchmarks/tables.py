@@ -1,4 +1,4 @@
-"""Rewrites the table of measurements in README.md from benchmarks/results/*.csv.
+"""Rewrites the table of measurements in README.md from benchmarks/results/*.json.
 
     python benchmarks/tables.py [--check]
 
@@ -9,7 +9,7 @@ case and provider counts. With --check nothing is written, and the exit code is 
 from __future__ import annotations
 
 import argparse
-import csv
+import json
 import sys
 from pathlib import Path
 
@@ -20,20 +20,19 @@ MORE_IS_BETTER = ("/s",)
 CASE = ("op", "mode", "shape", "dtype", "device", "unit")
 
 
-def read_rows(folder: Path) -> list[dict[str, str]]:
+def read_rows(folder: Path) -> list[dict]:
     """The rows of all result files, each with the `file` it stands in, oldest first."""
     rows = []
-    for path in sorted(folder.glob("*.csv")):
-        with path.open(newline="", encoding="utf-8") as file:
-            rows += [row | {"file": path.name} for row in csv.DictReader(file)]
+    for path in sorted(folder.glob("*.json")):
+        rows += [row | {"file": path.name} for row in json.loads(path.read_text(encoding="utf-8"))]
     return sorted(rows, key=lambda row: row["date"])
 
 
-def newest(rows: list[dict[str, str]]) -> dict[tuple, dict[str, dict[str, str]]]:
+def newest(rows: list[dict]) -> dict[tuple, dict[str, dict]]:
     """Case -> provider -> its newest row, in the order in which the cases were first measured."""
-    cases: dict[tuple, dict[str, dict[str, str]]] = {}
+    cases: dict[tuple, dict[str, dict]] = {}
     for row in rows:
-        cases.setdefault(tuple(row[name] for name in CASE), {})[row["provider"]] = row
+        cases.setdefault(tuple(row.get(name, "") for name in CASE), {})[row["provider"]] = row
     return cases
 
 
@@ -48,19 +47,19 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def table(rows: list[dict[str, str]]) -> str:
+def table(rows: list[dict]) -> str:
     """The Markdown table, or a sentence where nothing is measured."""
     lines = []
     for (op, mode, shape, dtype, device, unit), providers in newest(rows).items():
         if OURS not in providers:
             continue
         mine = providers[OURS]
-        own, memory = float(mine["median"]), mine["peak_bytes"]
+        own, memory = float(mine["median"]), mine.get("peak_bytes")
         others = []
         for name, row in providers.items():
             other = float(row["median"])
             times = [f"{ratio(own, other, unit):.1f}x"] if own and other else []
-            if row["peak_bytes"] and memory:
+            if row.get("peak_bytes") and memory:
                 times.append(f"{float(row['peak_bytes']) / float(memory):.1f}x the memory")
             if name != OURS:
                 others.append(f"{name} {number(other)}" + (f" ({', '.join(times)})" if times else ""))

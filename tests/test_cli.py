@@ -171,17 +171,20 @@ def test_bench_lists_scripts_and_refuses_others(capsys):
 
 
 def test_table_of_measurements(tmp_path):
-    columns = "op,provider,mode,shape,dtype,median,p20,p80,unit,peak_bytes,device,torch,triton,commit,date"
+    def row(op, provider, median, unit, date, **more):
+        return {"op": op, "provider": provider, "median": median, "unit": unit, "device": "CPU", "date": date} | more
+
+    packed = {"mode": "packed", "shape": "B=8", "dtype": "float32"}
     rows = [
-        "sft,fastalign,packed,B=8,float32,100,,,tokens/s,9000,CPU,,,a,2026-01-01",
-        "sft,trl,packed,B=8,float32,1000,,,tokens/s,4000,CPU,,,a,2026-01-01",
-        "sft,fastalign,packed,B=8,float32,3500,,,tokens/s,1000,CPU,,,b,2026-01-02",
-        "pack,fastalign,,100k,,0.0801,,,s,,CPU,,,a,2026-01-02",
-        "pack,trl,,100k,,4,,,s,,CPU,,,a,2026-01-02",
-        "other,trl,,100k,,4,,,s,,CPU,,,a,2026-01-02",
+        row("sft", "fastalign", 100, "tokens/s", "2026-01-01", peak_bytes=9000, **packed),
+        row("sft", "trl", 1000, "tokens/s", "2026-01-01", peak_bytes=4000, **packed),
+        row("sft", "fastalign", 3500, "tokens/s", "2026-01-02", peak_bytes=1000, **packed),
+        row("pack", "fastalign", 0.0801, "s", "2026-01-02", shape="100k"),
+        row("pack", "trl", 4, "s", "2026-01-02", shape="100k"),
+        row("other", "trl", 4, "s", "2026-01-02", shape="100k"),
     ]
-    (tmp_path / "cpu.csv").write_text("\n".join([columns, *rows]))
-    link = "[CPU](benchmarks/results/cpu.csv)"
+    (tmp_path / "cpu.json").write_text(json.dumps(rows))
+    link = "[CPU](benchmarks/results/cpu.json)"
     text = tables.table(tables.read_rows(tmp_path))
     assert text.splitlines()[2:] == [
         f"| sft | packed B=8 float32 | 3,500 tokens/s | trl 1,000 (3.5x, 4.0x the memory) | {link} |",
