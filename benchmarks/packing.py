@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from results_file import append_rows, percentiles, results_file
+from results_file import append_rows, installed, percentiles, results_file
 
 CAPACITY = 2048
 UNCACHED = {"load_from_cache_file": False}
@@ -123,6 +123,7 @@ def main() -> None:
     parser.add_argument("--plan-rows", type=int, default=1_000_000, help="rows of the plan")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--plan-only", action="store_true")
+    parser.add_argument("--against", choices=["trl", "none"], default="trl")
     parser.add_argument("--dry-run", action="store_true", help="print, do not write the results file")
     parser.add_argument("--peak-of", nargs=2, metavar=("PROVIDER", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -130,13 +131,11 @@ def main() -> None:
         return print_peak(*options.peak_of)
     rows = bench_plan(options.plan_rows, options.repeats)
     if not options.plan_only:
-        try:
-            import trl  # noqa: F401
-
-            names = ["fastalign", "trl"]
-        except ImportError:
-            print("TRL is not installed: no baseline")
-            names = ["fastalign"]
+        names = ["fastalign"]
+        if options.against == "trl" and installed("trl"):
+            names.append("trl")
+        elif options.against == "trl":
+            print("trl: left out, it is not installed")
         rows += bench_dataset(options.rows, options.repeats, names)
     print(f"{'op':14} {'provider':10} {'median':>10} {'unit':8} {'peak MiB':>9}  shape")
     for row in rows:

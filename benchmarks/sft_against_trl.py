@@ -126,7 +126,7 @@ def measure(folder: pathlib.Path, mode: str, precision: str, options) -> list[di
     settings = MODES[mode] | PRECISIONS[precision]
     settings |= {"max_steps": options.steps, "per_device_train_batch_size": options.batch, "max_length": 1024}
     settings |= json.loads(options.settings)
-    runs: dict[str, list[dict]] = {"fastalign": [], "trl": []}
+    runs: dict[str, list[dict]] = {name: [] for name in ("fastalign", options.against) if name != "none"}
     for _ in range(options.repeats):
         for library in runs:
             command = [sys.executable, __file__, "--child", library, str(folder), json.dumps(settings)]
@@ -134,7 +134,7 @@ def measure(folder: pathlib.Path, mode: str, precision: str, options) -> list[di
             if done.returncode:
                 raise SystemExit(f"{library} failed in {mode} {precision}:\n{done.stderr[-3000:]}")
             runs[library].append(json.loads(done.stdout.strip().splitlines()[-1]))
-    for name in ("losses", "grad_norms"):
+    for name in ("losses", "grad_norms") if "trl" in runs else ():
         pairs = zip(runs["fastalign"][0][name], runs["trl"][0][name], strict=True)
         worst = max(abs(own - other) / abs(other) for own, other in pairs)
         print(f"{mode:9s} {precision}: {name} differ by at most {worst:.1e} (relative)")
@@ -148,6 +148,9 @@ def measure(folder: pathlib.Path, mode: str, precision: str, options) -> list[di
             | {"dtype": precision, "median": round(median, 1), "p20": round(speeds[0], 1), "p80": round(speeds[-1], 1)}
             | {"unit": "tokens/s", "peak_bytes": int(peak)}
         )
+    if len(rows) == 1:
+        print(f"{mode:9s} {precision}: {rows[0]['median']:.0f} tokens/s, peak {rows[0]['peak_bytes'] / 2**20:.0f} MiB")
+        return rows
     ours, theirs = rows
     speed, memory = ours["median"] / theirs["median"], theirs["peak_bytes"] / ours["peak_bytes"]
     print(
@@ -165,13 +168,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", help="jsonl file; texts are made up without it")
     parser.add_argument("--columns", nargs=2, default=["question", "answer"], help="its prompt and completion columns")
+    parser.add_argument("--against", choices=["trl", "none"], default="trl")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
     parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS), choices=list(PRECISIONS))
     parser.add_argument("--settings", default="{}", help="more settings of both configs, as JSON")
-    parser.add_argument("--dry", action="store_true", help="do not write benchmarks/results/")
+    parser.add_argument("--dry-run", action="store_true", help="do not write benchmarks/results/")
     options = parser.parse_args()
     rows = read_texts(options.data, options.columns) if options.data else make_texts(4000)
     measured = []
@@ -182,7 +186,7 @@ def main() -> None:
         for mode in options.modes:
             for precision in options.precisions:
                 measured += measure(folder, mode, precision, options)
-    if not options.dry:
+    if not options.dry_run:
         sys.path.insert(0, str(HERE))
         from results_file import append_rows, results_file
 

@@ -11,7 +11,13 @@ import fastalign
 
 from .config_file import nearest
 
-NOT_BENCHMARKS = {"tables", "results_file", "gpu_suite"}  # the last measures a GPU, by hand
+SUITES = {  # name -> the scripts that it runs in turn
+    "kernels": ["kernels"],
+    "layers": ["layers"],
+    "attention": ["attention"],
+    "data": ["packing", "prepare"],
+    "train": ["sft_against_trl"],
+}
 
 
 def benchmark_folder() -> Path | None:
@@ -23,11 +29,14 @@ def benchmark_folder() -> Path | None:
 
 
 def main(arguments: list[str]) -> int:
-    """Run one benchmark, or all of them in turn."""
+    """Run one suite, or all of them in turn."""
     parser = argparse.ArgumentParser(
-        prog="fastalign bench", description="Run benchmarks; results go to benchmarks/results/ of the checkout."
+        prog="fastalign bench",
+        description="Run benchmarks; results go to benchmarks/results/ of the checkout. Further options go to the "
+        "scripts: --against trl,liger,... chooses the peers, `fastalign bench kernels --help` shows all.",
+        add_help=not arguments or arguments[0].startswith("-"),
     )
-    parser.add_argument("name", nargs="?", help="one benchmark (default: all)")
+    parser.add_argument("name", nargs="?", help=f"{', '.join(SUITES)} (default: all)")
     parser.add_argument("--list", action="store_true", help="print the names and stop")
     options, script_arguments = parser.parse_known_args(arguments)
     folder = benchmark_folder()
@@ -38,18 +47,18 @@ def main(arguments: list[str]) -> int:
             file=sys.stderr,
         )
         return 1
-    scripts = {path.stem: path for path in sorted(folder.glob("*.py")) if path.stem not in NOT_BENCHMARKS}
     if options.list:
-        print("\n".join(scripts))
+        print("\n".join(SUITES))
         return 0
-    if options.name is not None and options.name not in scripts:
-        parser.error(f"no benchmark {options.name!r}{nearest(options.name, scripts)}; there are {', '.join(scripts)}")
-    chosen = [scripts[options.name]] if options.name else list(scripts.values())
+    if options.name is not None and options.name not in SUITES:
+        parser.error(f"no benchmark {options.name!r}{nearest(options.name, SUITES)}; there are {', '.join(SUITES)}")
+    chosen = SUITES[options.name] if options.name else [script for scripts in SUITES.values() for script in scripts]
     failed = []
     for script in chosen:
-        print(f"== {script.stem}", flush=True)
-        if subprocess.run([sys.executable, str(script), *script_arguments], check=False, cwd=folder.parent).returncode:
-            failed.append(script.stem)
+        print(f"== {script}", flush=True)
+        command = [sys.executable, str(folder / f"{script}.py"), *script_arguments]
+        if subprocess.run(command, check=False, cwd=folder.parent).returncode:
+            failed.append(script)
     print(f"\nResults: {folder / 'results'}" + (f"; failed: {', '.join(failed)}" if failed else ""))
     print("`python benchmarks/tables.py` puts them into README.md.")
     return 1 if failed else 0
