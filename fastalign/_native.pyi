@@ -1,5 +1,7 @@
 """Types of the C++ extension; what the functions mean stands at their callers in fastalign/data and in csrc/."""
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -64,3 +66,25 @@ def row_gradient(
     isa: str = "",
 ) -> None: ...
 def row_instruction_set(wanted: str = "") -> str: ...
+
+# words.cpp
+class WordTable:
+    def __init__(
+        self,
+        digits: int,
+        lines: bool,
+        by_case: bool,
+        slashes: bool,
+        cutting: list[tuple[str, int]],
+        other: list[str],
+        max_bytes: int,
+    ) -> None: ...
+    def encode(
+        self,
+        texts: list[str],
+        ask: Callable[[list[str], bool], tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int32] | None]],
+        before: list[int],
+        after: list[int],
+        spans: Sequence[Sequence[tuple[int, int]]] | None,
+    ) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.uint8] | None]: ...
+    def __len__(self) -> int: ...

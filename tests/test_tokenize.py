@@ -13,8 +13,8 @@ from tiny import CHATML, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AddedToken, PreTrainedTokenizerFast
 
-from fastalign.data import encode
-from fastalign.data.masks import Rows, common_prefix_length
+from fastalign.data import encode, texts
+from fastalign.data.masks import Rows, Tokens, common_prefix_lengths
 from fastalign.data.tokenize import prepare_sft_dataset
 
 trl = pytest.importorskip("trl")
@@ -262,8 +262,8 @@ def test_cache_follows_the_content(tmp_path, monkeypatch):
     path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in CHATS))
     data = load_dataset("json", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
     encoded = []
-    own = encode.Encoder.texts
-    monkeypatch.setattr(encode.Encoder, "texts", lambda self, *a, **k: encoded.append(1) or own(self, *a, **k))
+    own = texts.TextEncoder.__call__
+    monkeypatch.setattr(texts.TextEncoder, "__call__", lambda self, *a: encoded.append(1) or own(self, *a))
 
     def prepare(tokenizer, **options):
         encoded.clear()
@@ -293,14 +293,15 @@ def test_prompts_are_encoded_once_for_any_number_of_completions(monkeypatch):
     tokenizer = tokenizer_of()
     prompts = [[user(f"question {i} of the quick fox")] for i in range(40)]
     chosen, rejected = ([[assistant(f"{word} {i}")] for i in range(40)] for word in ("yes", "no"))
+    monkeypatch.setattr(texts, "word_rules", lambda *_: None)  # words are encoded once anyway
     encoder = encode.Encoder(tokenizer)
     first = encoder.completions(prompts, [chosen, rejected])
     characters = []
-    own = encode.Encoder.texts
+    own = texts.TextEncoder._whole
     monkeypatch.setattr(
-        encode.Encoder,
-        "texts",
-        lambda self, texts, **k: characters.extend(map(len, texts)) or own(self, texts, **k),
+        texts.TextEncoder,
+        "_whole",
+        lambda self, texts, *a: characters.extend(map(len, texts)) or own(self, texts, *a),
     )
     encoder.completions(prompts, [chosen, rejected])
     apply = lambda messages, **more: tokenizer.apply_chat_template(messages, tokenize=False, **more)  # noqa: E731
@@ -308,9 +309,9 @@ def test_prompts_are_encoded_once_for_any_number_of_completions(monkeypatch):
     both = [apply(p + c) for column in (chosen, rejected) for p, c in zip(prompts, column, strict=True)]
     longer = sum(map(len, both)) - sum(map(len, alone))  # prompts once, completions twice
     assert sum(characters) <= longer + len("assistant\n") * (len(prompts) + 1)
-    assert first.prompt_ids == tokenizer(alone, add_special_tokens=False)["input_ids"]
-    assert first.ids[0] + first.ids[1] == tokenizer(both, add_special_tokens=False)["input_ids"]
-    assert first.prompt_lengths == [[*map(len, first.prompt_ids)]] * 2
+    assert first.prompts.lists() == tokenizer(alone, add_special_tokens=False)["input_ids"]
+    assert Tokens.joined(first.wholes).lists() == tokenizer(both, add_special_tokens=False)["input_ids"]
+    assert [column.tolist() for column in first.prompt_lengths] == [first.prompts.lengths.tolist()] * 2
 
 
 def test_seam_is_warned_of_once(caplog):
@@ -385,4 +386,5 @@ def test_ragged_rows_by_hand():
     assert rows.truncated(1, "keep_start").ids.tolist() == [0, 3, 5]
     assert rows.truncated(1, "keep_end").ids.tolist() == [2, 4, 5]
     assert rows.table().to_pydict()["labels"] == [[-100, 1, 2], [], [-100, -100], [5]]
-    assert [common_prefix_length([1, 2, 3], other) for other in ([1, 2, 4], [], [1, 2, 3, 4], [9])] == [2, 0, 3, 0]
+    these, others = [[1, 2, 3], [1, 2, 3], [], [1, 2, 3], [1, 2, 3]], [[1, 2, 4], [], [5], [1, 2, 3, 4], [9]]
+    assert common_prefix_lengths(Tokens.of(these), Tokens.of(others)).tolist() == [2, 0, 0, 3, 0]

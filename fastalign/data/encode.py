@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import json
 import logging
-import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from typing import Any
 
+import numpy as np
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
 from .formats import prepare_multimodal_messages
-from .masks import assistant_mask, common_prefix_length
+from .masks import Tokens, common_prefix_lengths, flatten
+from .texts import Encoded, TextEncoder
 
 logger = logging.getLogger(__name__)
 
 Messages = list[dict[str, Any]]
-Ids = list[list[int]]
 _NOT_FOR_ROWS = {"tokenize", "return_dict", "add_generation_prompt", "continue_final_message", "return_tensors"} | {
     "return_assistant_tokens_mask",
     "padding",
@@ -32,7 +29,6 @@ _NOT_FOR_ROWS = {"tokenize", "return_dict", "add_generation_prompt", "continue_f
     "max_length",
     "tokenizer_kwargs",
 }
-_CHECKED_ROWS = 8  # rows on which the piecewise encoding is held against the direct one before it is trusted
 _ROWS_AT_ONCE = 250  # conversations that are rendered while the ones before them are encoded
 
 
@@ -40,10 +36,10 @@ _ROWS_AT_ONCE = 250  # conversations that are rendered while the ones before the
 class Completions:
     """B prompts, each with K completions."""
 
-    prompt_ids: Ids  # B: the prompt alone, with the generation prompt
-    ids: list[Ids]  # K x B: prompt and completion together
-    prompt_lengths: list[list[int]]  # K x B: tokens that the prompt alone and the whole begin with
-    assistant_masks: list[Ids] | None  # K x B x tokens, 0/1; None if not asked for
+    prompts: Tokens  # B: the prompt alone, with the generation prompt
+    wholes: list[Tokens]  # K of B: prompt and completion together
+    prompt_lengths: list[np.ndarray]  # K of (B,): tokens that the prompt alone and the whole begin with
+    assistant_masks: list[np.ndarray] | None  # K of (T,), 0/1; None if not asked for
 
 
 class Encoder:
@@ -58,30 +54,19 @@ class Encoder:
         self.chat_template = chat_template
         self.is_fast = _is_plain_fast(processing_class)
         self._warned = False
-        self._cut: tuple[re.Pattern, dict[str, list[int]]] | tuple[()] | None = None  # None: not looked for yet
-        self._cut_is_checked = False
+        self._fast_texts = TextEncoder(processing_class) if self.is_fast else None
         if not self.is_fast:
             logger.info("%s is encoded row by row: it has its own way.", type(processing_class).__name__)
 
     # Texts
 
-    def texts(self, texts: Sequence[str], special_tokens: bool = True) -> Ids:
-        """Ids of each text; `special_tokens` adds what the tokenizer puts around a text (BOS, ...)."""
-        if self.is_fast:
-            encodings = self._backend().encode_batch_fast(texts, add_special_tokens=special_tokens)
-            with _paused_gc():  # a list of ints per row sets the collector off again and again
-                return [encoding.ids for encoding in encodings]
+    def texts(self, texts: Sequence[str]) -> Tokens:
+        """Ids of each text, with what the tokenizer puts around it (BOS, ...)."""
+        if self._fast_texts:
+            return self._fast_texts(texts, special_tokens=True)[0]
         if isinstance(self.processing_class, ProcessorMixin):
-            return [_plain(self.processing_class(text=text)["input_ids"][0]) for text in texts]
-        return [self.processing_class(text=text, add_special_tokens=special_tokens)["input_ids"] for text in texts]
-
-    def _backend(self) -> Any:
-        backend = self.processing_class.backend_tokenizer
-        backend.no_truncation()
-        backend.no_padding()
-        if backend.encode_special_tokens != self.processing_class.split_special_tokens:
-            backend.encode_special_tokens = self.processing_class.split_special_tokens
-        return backend
+            return Tokens.of([_plain(self.processing_class(text=text)["input_ids"][0]) for text in texts])
+        return Tokens.of([self.processing_class(text=text)["input_ids"] for text in texts])
 
     # Conversations
 
@@ -91,32 +76,28 @@ class Encoder:
         settings: Sequence[dict[str, Any]] | None = None,
         generation_prompt: bool = False,
         marks: bool = False,
-    ) -> tuple[Ids, Ids | None]:
-        """Ids of each conversation, and with `marks` the 0/1 masks of what the assistant says."""
+    ) -> tuple[Tokens, np.ndarray | None]:
+        """Ids of each conversation, and with `marks` (T,): 1 for what the assistant says."""
         check_conversations(conversations)
-        if not self.is_fast:
+        if not self._fast_texts:
             return self._one_by_one(conversations, settings, generation_prompt, marks)
-        encode = self._marked if marks else self._unmarked
-        parts = [slice(i, i + _ROWS_AT_ONCE) for i in range(0, len(conversations), _ROWS_AT_ONCE)]
-        with ThreadPoolExecutor(1) as pool:  # the tokenizer works outside of Python while the next rows are rendered
+        encoded = self._by_parts(
+            len(conversations),
+            lambda part: self.render(conversations[part], settings and settings[part], generation_prompt, marks),
+            marks,
+        )
+        masks: list[Any] = [mask for _, mask in encoded]
+        return Tokens.joined([tokens for tokens, _ in encoded]), np.concatenate(masks) if marks else None
+
+    def _by_parts(self, rows: int, render: Callable[[slice], Any], marks: bool = False) -> list[Encoded]:
+        """What `render` makes of each part of the rows, encoded outside of Python while the next one is rendered."""
+        encode: Any = self._fast_texts
+        with ThreadPoolExecutor(1) as pool:
             running = []
-            for part in parts:
-                of_rows = None if settings is None else settings[part]
-                running.append(
-                    pool.submit(encode, *self.render(conversations[part], of_rows, generation_prompt, marks))
-                )
-            encoded = [future.result() for future in running]
-        ids = [row for part in encoded for row in part[0]]
-        return ids, [row for part in encoded for row in part[1]] if marks else None
-
-    def _unmarked(self, texts: list[str], spans: list) -> tuple[Ids]:
-        return (self._rendered(texts),)
-
-    def _marked(self, texts: list[str], spans: list[list[tuple[int, int]]]) -> tuple[Ids, Ids]:
-        """Ids of rendered conversations, and which of them lie in the character `spans`."""
-        encodings = self._backend().encode_batch(texts, add_special_tokens=False)
-        masks = [assistant_mask(encoding, found) for encoding, found in zip(encodings, spans, strict=True)]
-        return [encoding.ids for encoding in encodings], masks
+            for start in range(0, max(rows, 1), _ROWS_AT_ONCE):
+                texts, spans = render(slice(start, start + _ROWS_AT_ONCE))
+                running.append(pool.submit(encode, texts, False, spans if marks else None))
+            return [future.result() for future in running]
 
     def render(
         self,
@@ -154,9 +135,10 @@ class Encoder:
                     spans[i] = where
         return texts, spans
 
-    def _one_by_one(self, conversations, settings, generation_prompt: bool, marks: bool) -> tuple[Ids, Ids | None]:
+    def _one_by_one(self, conversations, settings, generation_prompt: bool, marks: bool):
         batched = isinstance(self.processing_class, ProcessorMixin)
-        ids, masks = [], []
+        ids: list[list[int]] = []
+        masks: list[list[int]] = []
         for i, messages in enumerate(conversations):
             arguments = {"chat_template": self.chat_template} | (settings[i] if settings else {})
             output = self.processing_class.apply_chat_template(
@@ -170,7 +152,7 @@ class Encoder:
             ids.append(_plain(output["input_ids"][0] if batched else output["input_ids"]))
             if marks:
                 masks.append(_plain(output["assistant_masks"][0] if batched else output["assistant_masks"]))
-        return ids, masks if marks else None
+        return Tokens.of(ids), flatten(masks)[0] if marks else None
 
     # Prompts with completions
 
@@ -195,89 +177,53 @@ class Encoder:
                     f"A completion is {wrong[0]!r}, but its prompt is {'text' if is_text else 'a list of messages'}; "
                     "both must be of one kind."
                 )
-        wholes = [[p + c for p, c in zip(prompts, column, strict=True)] for column in completions]
-        masks = None
+        columns = [[p + c for p, c in zip(prompts, column, strict=True)] for column in completions]
+        masks: list[Any] = []
         if is_text:
-            prompt_ids, ids = self.texts(prompts), [self.texts(column) for column in wholes]
+            alone, wholes = self.texts(prompts), [self.texts(column) for column in columns]
         elif marks or not self.is_fast:
-            prompt_ids, _ = self.conversations(prompts, settings, generation_prompt=True)
-            pairs = [self.conversations(column, settings, marks=marks) for column in wholes]
-            ids, masks = [pair[0] for pair in pairs], [pair[1] for pair in pairs] if marks else None
+            alone, _ = self.conversations(prompts, settings, generation_prompt=True)
+            wholes, masks = zip(
+                *(self.conversations(column, settings, marks=marks) for column in columns), strict=True
+            )
         else:
-            texts = self.render(prompts, settings, generation_prompt=True)[0]
-            for column in wholes:
-                texts += self.render(column, settings)[0]
-            encoded, rows = self._rendered(texts), len(prompts)
-            prompt_ids, *ids = (encoded[i : i + rows] for i in range(0, len(encoded), rows))
-        lengths = [[*map(common_prefix_length, prompt_ids, column)] for column in ids]
-        self._warn_of_seams(prompt_ids, lengths)
-        return Completions(prompt_ids, ids, lengths, masks)  # type: ignore[arg-type]
+            alone, *wholes = self._prompts_and_wholes(prompts, columns, settings)
+        lengths = [common_prefix_lengths(alone, whole) for whole in wholes]
+        self._warn_of_seams(alone, lengths)
+        return Completions(alone, [*wholes], lengths, [*masks] if marks and not is_text else None)
 
-    def _rendered(self, texts: list[str]) -> Ids:
-        """Ids of rendered conversations; a piece that occurs again (a prompt, a system text, tools) is encoded once.
+    def _prompts_and_wholes(self, prompts, columns, settings) -> list[Tokens]:
+        """Prompts and columns of conversations that begin with them, so that a prompt need be encoded once only."""
 
-        A special token that takes no whitespace along cuts a text for the tokenizer: what stands before and behind it
-        is encoded apart. So the texts are cut at such tokens, and equal pieces share their ids.
-        """
-        if self._cut is None:
-            self._cut = self._find_cut(texts)
-        if not self._cut:
-            return self.texts(texts, special_tokens=False)
-        pattern, token_ids = self._cut
-        pieces = [pattern.split(text) for text in texts]
-        unique = [*dict.fromkeys(chain.from_iterable(row[::2] for row in pieces))]
-        known = dict(zip(unique, self.texts(unique, special_tokens=False), strict=True)) | token_ids
-        ids = [[*chain.from_iterable(map(known.__getitem__, row))] for row in pieces]
-        if not self._cut_is_checked:
-            self._cut_is_checked = True
-            if self.texts(texts[:_CHECKED_ROWS], special_tokens=False) != ids[:_CHECKED_ROWS]:
-                logger.info(
-                    "The tokenizer does not encode the pieces of a text on their own; texts are encoded whole."
-                )
-                self._cut = ()
-                return self.texts(texts, special_tokens=False)
-        return ids
+        def render(part: slice) -> tuple[list[str], None]:
+            of_rows = settings and settings[part]
+            texts = self.render(prompts[part], of_rows, generation_prompt=True)[0]
+            for column in columns:
+                texts += self.render(column[part], of_rows)[0]
+            return texts, None
 
-    def _find_cut(self, texts: list[str]) -> tuple[re.Pattern, dict[str, list[int]]] | tuple[()]:
-        """Pattern of the tokens that cut a text in two, and their ids; empty where `texts` hold no such token.
+        found: list[list[Tokens]] = [[] for _ in range(1 + len(columns))]
+        for tokens, _ in self._by_parts(len(prompts), render):
+            rows = len(tokens.lengths) // len(found)
+            for i, column in enumerate(found):
+                column.append(tokens.part(i * rows, (i + 1) * rows))
+        return [*map(Tokens.joined, found)]
 
-        Such a token takes no whitespace along, lies in no other added token, and no other one can end inside it.
-        """
-        backend = self._backend()
-        tokens = self.processing_class.added_tokens_decoder.values()
-        every = [token.content for token in tokens]
-        endings = {text[i:] for text in every for i in range(1, len(text))}
-        blob, sample = "\0".join(every), "\0".join(texts)
-        cutting = [
-            text
-            for token in tokens
-            if not (token.normalized or token.lstrip or token.rstrip or token.single_word)
-            and (text := token.content) in sample
-            and blob.count(text) == 1
-            and not any(text[:i] in endings for i in range(1, len(text)))
-        ]
-        first_is_special = "prepend_scheme=first" in repr(backend.pre_tokenizer)
-        if not cutting or first_is_special or backend.encode_special_tokens:
-            return ()
-        pattern = re.compile("(" + "|".join(map(re.escape, cutting)) + ")")
-        return pattern, {text: [backend.token_to_id(text)] for text in cutting}
-
-    def _warn_of_seams(self, prompt_ids: Ids, lengths: list[list[int]]) -> None:
+    def _warn_of_seams(self, prompts: Tokens, lengths: list[np.ndarray]) -> None:
         if self._warned:
             return
         for column in lengths:
-            for row, length in enumerate(column):
-                if length < len(prompt_ids[row]):
-                    self._warned = True
-                    tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
-                    logger.warning(
-                        "The tokens of a prompt are not the beginning of those of prompt and completion: the chat "
-                        "template renders the prompt alone differently, or tokens merge across the border. The "
-                        "completion starts where they part, and this end of the prompt is left out: %r. The model "
-                        "will meet another context when it is used. Said once, though it may concern every row.",
-                        tokenizer.decode(prompt_ids[row][length:]),
-                    )
-                    return
+            for row in np.flatnonzero(column < prompts.lengths)[:1]:
+                self._warned = True
+                tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+                logger.warning(
+                    "The tokens of a prompt are not the beginning of those of prompt and completion: the chat "
+                    "template renders the prompt alone differently, or tokens merge across the border. The "
+                    "completion starts where they part, and this end of the prompt is left out: %r. The model "
+                    "will meet another context when it is used. Said once, though it may concern every row.",
+                    tokenizer.decode(prompts.part(row, row + 1).ids[column[row] :].tolist()),
+                )
+                return
 
 
 def _flatten_globals(template: str) -> None:
@@ -359,14 +305,3 @@ def _is_plain_fast(processing_class: Any) -> bool:
 
 def _plain(ids: Any) -> list[int]:
     return ids if isinstance(ids, list) else [int(i) for i in ids]
-
-
-@contextlib.contextmanager
-def _paused_gc() -> Iterator[None]:
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,31 @@ import pyarrow as pa
 from .columns import read_rows
 
 IGNORED = -100  # label of a token that is not scored
+
+
+@dataclass
+class Tokens:
+    """R rows of token ids back to back."""
+
+    ids: np.ndarray  # (T,) int32
+    lengths: np.ndarray  # (R,) int64, tokens per row
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[int]]) -> Tokens:
+        return cls(*flatten(rows))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Tokens]) -> Tokens:
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("ids", "lengths")))
+
+    def part(self, start: int, end: int) -> Tokens:
+        """The rows from `start` to `end`, a view."""
+        edges = bounds(self.lengths)
+        return Tokens(self.ids[edges[start] : edges[end]], self.lengths[start:end])
+
+    def lists(self) -> list[list[int]]:
+        edges, ids = bounds(self.lengths).tolist(), self.ids.tolist()
+        return [ids[start:end] for start, end in pairwise(edges)]
 
 
 @dataclass
@@ -42,9 +67,7 @@ class Rows:
 
     def scored(self) -> np.ndarray:
         """(R,) bool: rows with at least one scored token."""
-        before = np.concatenate(([0], np.cumsum(self.labels != IGNORED)))
-        edges = bounds(self.lengths)
-        return before[edges[1:]] > before[edges[:-1]]
+        return any_of_rows(self.labels != IGNORED, self.lengths)
 
     def take(self, keep: np.ndarray) -> Rows:
         """The rows where `keep`, (R,) bool, is true."""
@@ -105,9 +128,19 @@ def assistant_mask(encoding: Any, spans: Sequence[tuple[int, int]]) -> list[int]
     return mask
 
 
-def common_prefix_length(ids: Sequence[int], other: Sequence[int]) -> int:
-    """Number of tokens both begin with."""
-    shorter = min(len(ids), len(other))
-    if ids[:shorter] == other[:shorter]:
-        return shorter
-    return next(i for i in range(shorter) if ids[i] != other[i])
+def any_of_rows(flags: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """(R,) bool: whether one of the row's `flags`, (T,), is set."""
+    before = np.concatenate(([0], np.cumsum(flags != 0)))
+    edges = bounds(lengths)
+    return before[edges[1:]] > before[edges[:-1]]
+
+
+def common_prefix_lengths(tokens: Tokens, other: Tokens) -> np.ndarray:
+    """(R,) int64: number of tokens that row r of both begins with."""
+    edges, num_tokens = bounds(tokens.lengths), len(tokens.ids)
+    from_start = np.arange(num_tokens) - np.repeat(edges[:-1], tokens.lengths)
+    partner = from_start + np.repeat(bounds(other.lengths)[:-1], tokens.lengths)
+    equal = from_start < np.repeat(other.lengths, tokens.lengths)
+    equal[equal] = tokens.ids[equal] == other.ids[partner[equal]]
+    parted = np.append(np.flatnonzero(~equal), num_tokens)  # the first of them at or behind each row's start
+    return np.minimum(parted[np.searchsorted(parted, edges[:-1])], edges[1:]) - edges[:-1]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset, Features, IterableDataset, List, Value
+from datasets.features.features import require_decoding
 
 from .cache import preparation_fingerprint
 from .encode import Encoder, row_settings
@@ -21,7 +22,7 @@ from .formats import (
     is_conversational_from_value,
     maybe_convert_to_chatml,
 )
-from .masks import Rows, after_prompt, build_labels, flat_column, flatten
+from .masks import Rows, Tokens, after_prompt, any_of_rows, build_labels, flat_column
 
 logger = logging.getLogger(__name__)
 
@@ -184,16 +185,16 @@ class SFTTokenizer:
         labels = parts["labels"] if "labels" in parts else build_labels(ids, parts.values())
         return Rows(ids, labels, lengths)
 
-    def _text(self, batch: Mapping[str, list]) -> Rows:
+    def _text(self, batch: Any) -> Rows:
         if self.formatting_func is None:
-            texts = list(batch[self.text_column])
+            texts = _values(batch, self.text_column)
         else:
             names = list(batch.keys())
             rows = zip(*(batch[name] for name in names), strict=True)
             texts = [self.formatting_func(dict(zip(names, row, strict=True))) for row in rows]
         source = f"column {self.text_column!r}" if self.formatting_func is None else "result of `formatting_func`"
-        ids, lengths = flatten(self.encoder.texts(self._ended(texts, source)))
-        return Rows(ids, ids.copy(), lengths)
+        tokens = self.encoder.texts(self._ended(texts, source))
+        return Rows(tokens.ids, tokens.ids.copy(), tokens.lengths)
 
     def _ended(self, texts: list[Any], source: str) -> list[str]:
         """The texts, each with the end token behind it."""
@@ -204,21 +205,20 @@ class SFTTokenizer:
         if wrong := [text for text in texts if not isinstance(text, str)]:
             raise ValueError(f"The {source} must hold strings; a row of the {self.name} dataset holds {wrong[0]!r}.")
 
-    def _settings(self, batch: Mapping[str, list], rows: int) -> list[dict[str, Any]] | None:
-        tools, kwargs = (batch[c] if c in self.columns else None for c in ("tools", "chat_template_kwargs"))
+    def _settings(self, batch: Any, rows: int) -> list[dict[str, Any]] | None:
+        tools, kwargs = (_values(batch, c) if c in self.columns else None for c in ("tools", "chat_template_kwargs"))
         return row_settings(rows, tools, kwargs)
 
-    def _messages(self, batch: Mapping[str, list]) -> Rows:
-        conversations = list(batch["messages" if "messages" in self.columns else "conversations"])
+    def _messages(self, batch: Any) -> Rows:
+        conversations = _values(batch, "messages" if "messages" in self.columns else "conversations")
         if self.sharegpt:
             conversations = [maybe_convert_to_chatml({"messages": turns})["messages"] for turns in conversations]
         settings = self._settings(batch, len(conversations))
-        ids, masks = self.encoder.conversations(conversations, settings, marks=self.assistant_only)
-        flat, lengths = flatten(ids)
-        return Rows(flat, build_labels(flat, self._marks(masks)), lengths)
+        tokens, mask = self.encoder.conversations(conversations, settings, marks=self.assistant_only)
+        return self._rows(tokens, [] if mask is None else [mask], mask)
 
-    def _prompt_completion(self, batch: Mapping[str, list]) -> Rows:
-        prompts, completions = list(batch["prompt"]), list(batch["completion"])
+    def _prompt_completion(self, batch: Any) -> Rows:
+        prompts, completions = _values(batch, "prompt"), _values(batch, "completion")
         settings = None
         if self.conversational:
             settings = self._settings(batch, len(prompts))
@@ -227,29 +227,33 @@ class SFTTokenizer:
             completions = self._ended(completions, "column 'completion'")
         marked = self.assistant_only and self.conversational
         encoded = self.encoder.completions(prompts, [completions], settings, marks=marked)
-        ids, lengths = flatten(encoded.ids[0])
-        masks = self._marks(encoded.assistant_masks[0] if encoded.assistant_masks else None)
+        tokens, mask = encoded.wholes[0], encoded.assistant_masks[0] if encoded.assistant_masks else None
+        masks = [] if mask is None else [mask]
         if self.completion_only:
-            masks.append(after_prompt(lengths, np.array(encoded.prompt_lengths[0])))
-        return Rows(ids, build_labels(ids, masks), lengths)
+            masks.append(after_prompt(tokens.lengths, encoded.prompt_lengths[0]))
+        return self._rows(tokens, masks, mask)
 
-    def _marks(self, masks: list[list[int]] | None) -> list[np.ndarray]:
-        if masks is None:
-            return []
-        if not all(1 in mask for mask in masks):
+    def _rows(self, tokens: Tokens, masks: list[np.ndarray], assistant: np.ndarray | None) -> Rows:
+        if assistant is not None and not any_of_rows(assistant, tokens.lengths).all():
             raise RuntimeError(
                 "`assistant_only_loss=True`, but a row has no token that the assistant says. Either it has no "
                 "assistant turn, or the chat template lacks `{% generation %}...{% endgeneration %}` around "
                 "the assistant's text (see `get_training_chat_template`)."
             )
-        return [flatten(masks)[0]]
+        return Rows(tokens.ids, build_labels(tokens.ids, masks), tokens.lengths)
+
+
+def _values(batch: Mapping[str, Any] | pa.Table, name: str) -> list[Any]:
+    column = batch[name]
+    return column.to_pylist() if isinstance(column, pa.ChunkedArray) else list(column)
 
 
 def _run(dataset: Dataset | IterableDataset, step: SFTTokenizer, num_proc: int | None) -> Dataset | IterableDataset:
     features = Features({column: List(Value("int32")) for column in ("input_ids", "labels")})
     if isinstance(dataset, IterableDataset):
         return dataset.with_format(None).map(step.lists, batched=True, remove_columns=step.columns, features=features)
-    source = dataset.with_format("arrow" if step.kind == "tokens" else None)
+    as_arrow = step.formatting_func is None and not require_decoding(dict(dataset.features))
+    source = dataset.with_format("arrow" if step.kind == "tokens" or as_arrow else None)
     options = {k: v for k, v in vars(step).items() if k not in ("encoder", "counts", "name", "columns")}
     options["chat_template"] = step.encoder.chat_template
     result = source.map(
