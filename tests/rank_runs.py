@@ -2,11 +2,11 @@
 
 import errno
 import json
-import os
 import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from loop_runs import history, trainer
 
 from fastalign.loop.checkpoint import CheckpointError
@@ -53,11 +53,17 @@ def fill_disk(folder: Path) -> None:
     torch.save = save
 
 
+def leave_after_collective() -> None:
+    """Have gloo's thread still wait for the interpreter's lock, to release the tensor, when the script ends."""
+    values = torch.ones(4)
+    sys.setswitchinterval(10)  # the main thread keeps the lock
+    dist.all_reduce(values)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     root = Path(sys.argv[1])
     for spec in json.loads(sys.argv[2]):
         train(root / spec.pop("folder"), **spec)
     fill_disk(root / "full")
-    sys.stdout.flush()
-    os._exit(0)  # gloo's threads now and then abort a process that leaves in the ordinary way
+    leave_after_collective()

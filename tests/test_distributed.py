@@ -5,6 +5,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from safetensors.torch import load_file
 from tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
-from fastalign.loop.distributed import make_accelerator
+from fastalign.loop.distributed import await_gloo_threads, make_accelerator
 from fastalign.loop.offload import offload_activations
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1"]
@@ -149,3 +151,30 @@ def test_accelerator_settings(tmp_path):
     args.accelerator_config.gradient_accumulation_kwargs = {"num_steps": 2}
     with pytest.raises(ValueError, match="num_steps=2 and gradient_accumulation_steps is 3"):
         make_accelerator(args)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are seen on Linux only")
+def test_exit_waits_for_gloo_threads_until_they_rest():
+    started, stop = threading.Event(), threading.Event()
+
+    def work():  # as a thread that waits for the interpreter's lock, then as one that has nothing to do
+        Path(f"/proc/self/task/{threading.get_native_id()}/comm").write_text("pt_gloo_runloop")
+        started.set()
+        end = time.monotonic() + 0.5
+        while time.monotonic() < end:
+            time.sleep(0.005)
+        stop.wait()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    started.wait()
+    before = time.monotonic()
+    await_gloo_threads(limit=0.1)
+    limited = time.monotonic()
+    await_gloo_threads(limit=60)
+    rested = time.monotonic()
+    stop.set()
+    thread.join()
+    assert 0.1 <= limited - before < 0.4 and 0.45 <= rested - before < 30
+    await_gloo_threads(limit=60)
+    assert time.monotonic() - rested < 20

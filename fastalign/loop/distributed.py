@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator, PartialState
@@ -53,6 +56,9 @@ def make_accelerator(args) -> Accelerator:
         kwargs["parallelism_config"] = args.parallelism_config
     AcceleratorState._reset_state()  # an earlier trainer of this process may have had another precision
     accelerator = Accelerator(**kwargs)
+    if accelerator.num_processes > 1:
+        atexit.unregister(await_gloo_threads)  # once per process
+        atexit.register(await_gloo_threads)
     if accelerator.distributed_type == DistributedType.MULTI_CPU and "fsdp_plugin" in kwargs:
         _shard_on_cpu(accelerator, kwargs["fsdp_plugin"])
     _settle_fsdp(args, accelerator)
@@ -69,6 +75,35 @@ def make_accelerator(args) -> Accelerator:
 def use_precision(trainer) -> None:
     """Accelerate has one precision per process, that of the trainer made last: go back to this one's."""
     trainer.accelerator.state._mixed_precision = trainer.args.mixed_precision
+
+
+def await_gloo_threads(limit: float = 10.0) -> None:
+    """Wait until the threads that run gloo's collectives rest, for `limit` seconds at most; runs at exit of a rank.
+
+    Such a thread releases the tensors of a collective after the result is there, and takes the interpreter's lock for
+    it. When the interpreter is being taken down by then, Python ends the thread, and the C++ runtime aborts the
+    process: "terminate called without an active exception" (pytorch/pytorch#190489). Destroying the process group does
+    not join these threads, since a model in DDP keeps the group.
+    """
+    if not Path("/proc/self/task").is_dir():  # not Linux: they are not seen, but this long is nearly always enough
+        return time.sleep(0.2)
+    end, before, now = time.monotonic() + limit, None, _gloo_thread_states()
+    while now and (now != before or any("S (" not in state for state in now)) and time.monotonic() < end:
+        time.sleep(0.02)  # without the interpreter's lock; a thread that waits for the lock wakes up every 5 ms
+        before, now = now, _gloo_thread_states()
+
+
+def _gloo_thread_states() -> list[str]:
+    """State of each of gloo's threads and how often it was switched."""
+    states = []
+    for path in sorted(Path("/proc/self/task").glob("*/status")):
+        try:
+            lines = path.read_text().splitlines()
+        except OSError:  # the thread has ended
+            continue
+        if lines[0].endswith("pt_gloo_runloop"):
+            states.append(" ".join(line for line in lines if line.startswith("State:") or "ctxt_switches" in line))
+    return states
 
 
 def _ddp_settings(args) -> DistributedDataParallelKwargs:
