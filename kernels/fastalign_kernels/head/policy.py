@@ -53,12 +53,34 @@ def _check(tokens: PolicyTokens, objective: PolicyObjective, num_rows: int | Non
         raise ValueError(f"beta={objective.beta} needs the reference: give ref_logp, or ref_hidden")
 
 
-def _joined(parts: list[PolicyTerms], logp: Tensor) -> PolicyTerms:
-    """The terms of all spans, in order."""
-    if not parts:
-        return PolicyTerms(logp, logp)
-    found = {f.name: [getattr(part, f.name) for part in parts] for f in fields(PolicyTerms)}
-    return PolicyTerms(**{name: None if values[0] is None else torch.cat(values) for name, values in found.items()})
+class _LossFunction:
+    """The loss of a span, which also keeps what is known of its tokens."""
+
+    def __init__(self, tokens: PolicyTokens, objective: PolicyObjective, num_rows: int):
+        self.tokens, self.objective, self.num_rows = tokens, objective, num_rows
+        self.parts: list[PolicyTerms] = []
+
+    def __call__(self, part: TokenStats, span: slice) -> Tensor:
+        known = self.tokens.slice(span)
+        terms = policy_terms(part.logp, known, self.objective, self.num_rows)
+        self.parts.append(terms.detached())
+        loss = (terms.loss * known.weights).sum()
+        if self.objective.entropy_coef == 0.0:
+            return loss
+        assert part.entropy is not None
+        mask = self.tokens.entropy_mask
+        if mask is None:
+            return loss - self.objective.entropy_coef / len(self.tokens.weights) * part.entropy.sum()
+        return loss - self.objective.entropy_coef * (part.entropy * mask[span]).sum() / mask.sum().clamp(min=1.0)
+
+    def terms(self, logp: Tensor) -> PolicyTerms:
+        """The terms of all spans, in order."""
+        if not self.parts:
+            return PolicyTerms(logp, logp)
+        found = {f.name: [getattr(part, f.name) for part in self.parts] for f in fields(PolicyTerms)}
+        return PolicyTerms(
+            **{name: None if values[0] is None else torch.cat(values) for name, values in found.items()}
+        )
 
 
 def _chunk_holds_rows(rows: Tensor, chunk: int) -> bool:
@@ -89,7 +111,7 @@ def linear_policy_loss(
     chunk: int | None = None,
     **options: Any,
 ) -> tuple[Tensor, PolicyStats]:
-    """Loss (0-dim fp32, differentiable) of scored tokens, hidden (N, D) under weight (V, D), and what is known of each.
+    """Loss (0-dim fp32, differentiable) of scored tokens, hidden (N, D) under weight (V, D), and their numbers.
 
     `options` are the fields of `PolicyObjective` (loss_type="dapo", epsilon=0.2, beta=0.0, ...); the (N,) arguments
     those of `PolicyTokens`. `weights` default to `token_weights` of these rows alone: give them where a batch is cut
@@ -112,25 +134,12 @@ def linear_policy_loss(
     tokens = PolicyTokens(advantages, weights, ids, old_logp, ref_logp, sampling_logp, importance_weights)
     _check(tokens, objective, num_rows, targets.shape[0])
     groups = rows if objective.needs_rows else None
-    limit = chunk or chunk_size(weight.shape[0], hidden.element_size(), hidden.device)
+    logits_size = hidden.element_size() if hidden.device.type == "cpu" else 4
+    limit = chunk or chunk_size(weight.shape[0], logits_size, hidden.device)
     if groups is not None and targets.shape[0] > limit:
         groups = groups.cpu()
     fits = groups is None or targets.shape[0] <= limit or _chunk_holds_rows(groups, limit)
-    parts: list[PolicyTerms] = []
-
-    def loss_fn(part: TokenStats, span: slice) -> Tensor:
-        known = tokens.slice(span)
-        terms = policy_terms(part.logp, known, objective, num_rows or 0)
-        parts.append(terms.detached())
-        loss = (terms.loss * known.weights).sum()
-        if objective.entropy_coef == 0.0:
-            return loss
-        assert part.entropy is not None
-        if tokens.entropy_mask is None:
-            return loss - objective.entropy_coef / targets.shape[0] * part.entropy.sum()
-        count = tokens.entropy_mask.sum().clamp(min=1.0)
-        return loss - objective.entropy_coef * (part.entropy * tokens.entropy_mask).sum() / count
-
+    loss_fn = _LossFunction(tokens, objective, num_rows or 0)
     head_arguments = {"bias": bias, "form": form, "outputs": OUTPUTS, "chunk": chunk}
     if fits and objective.top_entropy_quantile == 1.0:
         loss, found = fused(hidden, weight, targets, loss_fn, groups=groups, **head_arguments)
@@ -143,7 +152,8 @@ def linear_policy_loss(
             tokens.entropy_mask = high_entropy_mask(entropy, bound(entropy))
         loss = loss_fn(found, slice(0, targets.shape[0]))
     assert found.entropy is not None
-    logp, terms = found.logp.detach(), _joined(parts, found.logp.detach())
+    logp = found.logp.detach()
+    terms = loss_fn.terms(logp)
     policy_loss = (terms.loss * weights).sum()
     return loss, PolicyStats(logp, found.entropy.detach(), terms, policy_loss, tokens.entropy_mask)
 
@@ -155,5 +165,5 @@ def _default_weights(ids: Tensor | None, num_rows: int | None, targets: Tensor, 
     if WEIGHTINGS[objective.loss_type] in ("token_mean", "batch_tokens"):
         return token_weights(targets, 1, objective.loss_type)
     raise ValueError(
-        f"rows or num_rows is not given: loss_type={objective.loss_type!r} weighs tokens by them; give both, or weights"
+        f"rows or num_rows is not given: loss_type={objective.loss_type!r} weighs by them; give both, or weights"
     )

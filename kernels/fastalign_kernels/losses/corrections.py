@@ -27,7 +27,7 @@ def importance_weights(
     clip_min: float | None = None,
     rows: Rows | None = None,
 ) -> Tensor:
-    """(N,) factors of the policy term, TRL's `vllm_importance_sampling_mode` and `_clip_{min,max}`; NaN samples give 1.
+    """(N,) factors of the policy term: TRL's `vllm_importance_sampling_mode` and `_clip_{min,max}`; 1 at NaN samples.
 
     token_*: rho_t; sequence_*: prod_t rho_t of the row; *_truncate: clamped to the bounds (token_truncate
     is TIS, usual clip_max 2); *_mask: 0 outside of them (token_mask with 0.5 and 5 is IcePop).

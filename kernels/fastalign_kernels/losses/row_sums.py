@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastalign_kernels.losses.sequences import row_sums
+
 
 class Rows:
-    """Which row each token belongs to: `ids` (N,) int64 non-decreasing in [0, num_rows), each row one run of tokens."""
+    """Which row each token belongs to: `ids` (N,) int64, non-decreasing in [0, num_rows)."""
 
     def __init__(self, ids: Tensor, num_rows: int):
         if ids.dim() != 1 or ids.dtype.is_floating_point:
@@ -24,7 +26,7 @@ class Rows:
 
     def sums(self, values: Tensor) -> Tensor:
         """(num_rows,) sums of values (N,), without gradient; 0 for a row without tokens."""
-        return torch.segment_reduce(values.detach(), "sum", lengths=self.lengths, unsafe=True)
+        return row_sums(values.detach(), self.lengths)
 
     def spread_sums(self, values: Tensor) -> Tensor:
         """(N,): at each token the sum of `values` (N,) over its row; differentiable."""

@@ -31,7 +31,7 @@ def penalised_rewards(
 def clipped_value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, *, cliprange_value: float = 0.2
 ) -> tuple[Tensor, Tensor]:
-    """(N,) losses max((v - R)^2, (clip(v, v_old +- cliprange_value) - R)^2) / 2, and (N,) bool: the clipped one is larger.
+    """(N,) losses max((v - R)^2, (clip(v, v_old +- cliprange_value) - R)^2) / 2; (N,) bool: the clipped is larger.
 
     arXiv:2005.12729 Sec. 2 (it is not in PPO's paper); differentiable with respect to `values`.
     """
