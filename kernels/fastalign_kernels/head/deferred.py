@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastalign_kernels.head.products import Head, HeadGradients, as_one_op, check_arguments
+from fastalign_kernels.head.gradients import HeadGradients, coefficients_of
+from fastalign_kernels.head.operands import Operands, check_call, operands_of
+from fastalign_kernels.head.products import Head, as_one_op
 from fastalign_kernels.head.rows import Coefficients, RowStats
 from fastalign_kernels.head.stats import rows_of_head
 from fastalign_kernels.head.token_stats import OUTPUTS, LogitForm, TokenStats
+from fastalign_kernels.head.vocabulary_parallel import VocabularyShard
+
+
+@torch.no_grad()
+def gradients_of_head(
+    head: Head, rows: RowStats, coefficients: Coefficients, needs: tuple[bool, ...], main_grad: Tensor | None = None
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the operands from those of the statistics, chunk by chunk."""
+    sums = HeadGradients(head, needs, main_grad, direct=True)
+    coefficients = coefficients.map(lambda v: v.to(rows.lse.dtype))
+    for span in head.spans:
+        part = coefficients.map(lambda v, span=span: v[span])
+        sums.add(span, head.gradient(head.logits(span), span, rows.slice(span), part))
+    return sums.finish().scaled()
 
 
 class _DeferredStats(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, form, outputs, chunk):
-        rows = rows_of_head(Head(hidden, weight, targets, bias, form, chunk), outputs)
-        ctx.save_for_backward(hidden, weight, bias, targets, rows.lse, rows.stats.entropy, rows.stats.log_sum_p2)
-        ctx.form, ctx.chunk = form, chunk
+    def forward(ctx, make_head, outputs, main_grad, *operands):
+        rows = rows_of_head(make_head(Operands(*operands)), outputs)
+        ctx.save_for_backward(*operands, rows.lse, rows.stats.entropy, rows.stats.log_sum_p2)
+        ctx.make_head, ctx.main_grad = make_head, main_grad
         ctx.set_materialize_grads(False)
         if rows.stats.top1 is not None:
             ctx.mark_non_differentiable(rows.stats.top1)
@@ -27,21 +45,15 @@ class _DeferredStats(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        hidden, weight, bias, targets, lse, entropy, log_sum_p2 = ctx.saved_tensors
-        by_name = dict(zip(OUTPUTS, grads, strict=True))
-        by_name.pop("top1")
-        coefficients = Coefficients(**by_name).map(lambda v: v.to(lse.dtype))
-        none = (None,) * 4
+        *operands, lse, entropy, log_sum_p2 = ctx.saved_tensors
+        coefficients = coefficients_of(dict(zip(OUTPUTS, grads, strict=True)))
         if not coefficients.given():
-            return None, None, None, *none
-        with torch.autocast(hidden.device.type, enabled=False):
-            head = Head(hidden, weight, targets, bias, ctx.form, ctx.chunk)
+            return (None,) * (3 + len(operands))
+        with torch.autocast(lse.device.type, enabled=False):
+            head = ctx.make_head(Operands(*operands), keep=True)
             rows = RowStats(TokenStats(lse, entropy=entropy, log_sum_p2=log_sum_p2), lse)
-            sums = HeadGradients(head, ctx.needs_input_grad[:3])
-            for span in head.spans:
-                part = coefficients.map(lambda v, span=span: v[span])
-                sums.add(head, span, head.gradient(head.logits(span), span, rows.slice(span), part))
-            return *sums.finish().scaled(), *none
+            found = gradients_of_head(head, rows, coefficients, ctx.needs_input_grad[3:], ctx.main_grad)
+            return None, None, None, *found
 
 
 @as_one_op
@@ -54,12 +66,17 @@ def deferred(
     form: LogitForm = LogitForm(),  # noqa: B008 (frozen)
     outputs: tuple[str, ...] = ("logp",),
     chunk: int | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
+    shard: VocabularyShard | None = None,
 ) -> TokenStats:
-    """`stats` with a graph: every output but top1 is differentiable with respect to hidden, weight and bias.
+    """`stats` with a graph: every output but top1 is differentiable with respect to hidden, weight, bias, low_rank.
 
     Costs four products (the logits are made again in backward) and one chunk of logits; any loss may follow, also one
-    that couples all tokens. `fused` is cheaper where the loss is a sum over chunks. Differentiable once.
+    that couples all tokens. `fused` is cheaper where the loss is a sum over chunks; `low_rank`, `shard`, `main_grad`
+    and DTensors as there. Differentiable once.
     """
-    check_arguments(hidden, weight, targets, bias, form, outputs)
-    found = _DeferredStats.apply(hidden, weight, bias, targets, form, outputs, chunk)
+    operands = operands_of(hidden, weight, bias, low_rank)
+    check_call(operands, targets, form, outputs, shard)
+    make_head = partial(Head, targets=targets, form=form, chunk=chunk, shard=shard)
+    found = _DeferredStats.apply(make_head, outputs, getattr(weight, "main_grad", None), *operands)
     return TokenStats(**dict(zip(OUTPUTS, found, strict=True)))

@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastalign_kernels.head.products import Head, HeadGradients, as_one_op, check_arguments
+from fastalign_kernels.head.gradients import HeadGradients, coefficients_of
+from fastalign_kernels.head.operands import check_call, operands_of
+from fastalign_kernels.head.products import Head, as_one_op
 from fastalign_kernels.head.rows import Coefficients
 from fastalign_kernels.head.token_stats import LogitForm, TokenStats
+from fastalign_kernels.head.vocabulary_parallel import VocabularyShard
 
 LossFunction = Callable[[TokenStats, slice], Tensor]
 
@@ -19,7 +22,7 @@ class _FromGradients(torch.autograd.Function):
     """Hands a loss its gradients, made before: backward scales them by the gradient of the loss, on the device."""
 
     @staticmethod
-    def forward(ctx, loss, sums, hidden, weight, bias):
+    def forward(ctx, loss, sums, *operands):
         ctx.sums = sums
         return loss.clone()
 
@@ -54,7 +57,7 @@ def _chunk_loss(
     if not loss.requires_grad:
         return loss, Coefficients()
     grads = torch.autograd.grad(loss, [leaves[name] for name in smooth], allow_unused=True)
-    return loss.detach(), Coefficients(**dict(zip(smooth, grads, strict=True)))
+    return loss.detach(), coefficients_of(dict(zip(smooth, grads, strict=True)))
 
 
 def _power_of_two_above(coefficients: Coefficients) -> Tensor:
@@ -85,7 +88,7 @@ def _one_pass(
         if head.hidden.dtype == torch.float16:
             scale = _power_of_two_above(coefficients)
             coefficients = coefficients.map(lambda v, scale=scale: v / scale)
-        sums.add(head, span, head.gradient(logits, span, part, coefficients), scale)
+        sums.add(span, head.gradient(logits, span, part, coefficients), scale)
     return total, rows.stats
 
 
@@ -101,6 +104,8 @@ def fused(
     outputs: tuple[str, ...] = ("logp",),
     groups: Tensor | None = None,
     chunk: int | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
+    shard: VocabularyShard | None = None,
 ) -> tuple[Tensor, TokenStats]:
     """Loss (0-dim fp32, differentiable) and detached statistics of hidden (N, D) under weight (V, D), bias (V,).
 
@@ -110,14 +115,19 @@ def fused(
     Gradients of hidden, weight and bias are made in the same pass and scaled by the loss's gradient in backward: three
     products, one chunk of logits in memory. An input that needs no gradient costs nothing; N = 0 gives loss 0 and zero
     gradients without calling `loss_fn`. Raises ValueError for arguments that do not fit together.
+
+    `low_rank`: u (N, r) and b (V, r) add u b^T to the logits (LoRA on the head, without a weight of its own).
+    `shard`: weight, bias and b hold this rank's part of the vocabulary. A weight with an attribute `main_grad` (fp32,
+    Megatron's) gets its gradient added there in backward, in fp32, and none in `grad`. DTensors: `whole_weights`.
     """
-    check_arguments(hidden, weight, targets, bias, form, outputs)
+    operands = operands_of(hidden, weight, bias, low_rank)
+    check_call(operands, targets, form, outputs, shard)
     if groups is not None and groups.shape != targets.shape:
         raise ValueError(f"groups {tuple(groups.shape)}: give ({targets.shape[0]},), one id per target")
-    head = Head(hidden, weight, targets, bias, form, chunk, groups)
-    needs = (hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
-    if not torch.is_grad_enabled() or not any(needs):
+    needs_grad = torch.is_grad_enabled() and any(operands.needs)
+    head = Head(operands, targets, form, chunk, groups, shard, keep=needs_grad)
+    if not needs_grad:
         return _one_pass(head, loss_fn, outputs, None)
-    sums = HeadGradients(head, needs)
+    sums = HeadGradients(head, operands.needs, getattr(weight, "main_grad", None))
     loss, stats = _one_pass(head, loss_fn, outputs, sums)
-    return _FromGradients.apply(loss, sums.finish(), hidden, weight, bias), stats
+    return _FromGradients.apply(loss, sums.finish(), *operands), stats

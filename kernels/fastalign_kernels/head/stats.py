@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastalign_kernels.head.products import Head, as_one_op, check_arguments
+from fastalign_kernels.head.operands import check_call, operands_of
+from fastalign_kernels.head.products import Head, as_one_op
 from fastalign_kernels.head.rows import RowStats
 from fastalign_kernels.head.token_stats import LogitForm, TokenStats
+from fastalign_kernels.head.vocabulary_parallel import VocabularyShard
 
 
 @torch.no_grad()
@@ -29,11 +31,15 @@ def stats(
     form: LogitForm = LogitForm(),  # noqa: B008 (frozen)
     outputs: tuple[str, ...] = ("logp",),
     chunk: int | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
+    shard: VocabularyShard | None = None,
 ) -> TokenStats:
     """Statistics of hidden (N, D) under the head weight (V, D), bias (V,) at targets (N,) int64, without gradient.
 
     Products run in hidden's dtype, statistics are fp32 (fp64 for fp64). `chunk` is in tokens (default:
-    `chunk_size`). Raises ValueError for arguments that do not fit together.
+    `chunk_size`); `low_rank` and `shard` as in `fused`. Raises ValueError for arguments that do not fit together.
     """
-    check_arguments(hidden, weight, targets, bias, form, outputs)
-    return rows_of_head(Head(hidden, weight, targets, bias, form, chunk), outputs).stats
+    with torch.no_grad():
+        operands = operands_of(hidden, weight, bias, low_rank)
+    check_call(operands, targets, form, outputs, shard)
+    return rows_of_head(Head(operands, targets, form, chunk, shard=shard), outputs).stats

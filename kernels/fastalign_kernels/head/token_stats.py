@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 
 from torch import Tensor
 
-OUTPUTS = ("logp", "entropy", "top1", "mean_logp", "mean_logit", "log_sum_p2")
+OUTPUTS = ("logp", "entropy", "top1", "mean_logp", "mean_logit", "log_sum_p2", "lse")
 
 
 @dataclass
@@ -19,6 +19,7 @@ class TokenStats:
     mean_logp: Tensor | None = None  # mean over the vocabulary of log p (label smoothing)
     mean_logit: Tensor | None = None  # mean over the vocabulary of the logits
     log_sum_p2: Tensor | None = None  # log of the sum of squared probabilities (WPO)
+    lse: Tensor | None = None  # natural log of the normaliser, the sum of exp(logit) (z-loss)
 
     def slice(self, span: slice) -> TokenStats:
         """The same statistics of a span of tokens."""
