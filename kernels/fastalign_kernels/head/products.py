@@ -29,7 +29,7 @@ def as_one_op(fn: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(fn)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        hidden = args[0] if args else kwargs["hidden"]
+        hidden = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
         assert isinstance(hidden, Tensor)
         with torch.autocast(hidden.device.type, enabled=False):
             return fn(*args, **kwargs)
@@ -62,8 +62,9 @@ class Head:
         groups: Tensor | None = None,
         shard: VocabularyShard | None = None,
         keep: bool = False,
+        plain: bool = False,
     ):
-        """`keep`: gradients follow."""
+        """`keep`: gradients follow. `plain`: the caller reads the logits themselves, which an engine does not give."""
         hidden, dtype = operands.hidden, operands.hidden.dtype
         ready = [None if t is None else t.detach().to(dtype) for t in operands]  # one cast a call where dtypes differ
         self.hidden, self.weight, low_hidden, low_weight = (
@@ -89,7 +90,7 @@ class Head:
             chunk = chunk_size(vocabulary, self.logits_dtype.itemsize, hidden.device)
         self.spans = chunk_spans(num_tokens, chunk, groups)
         longest = max((s.stop - s.start for s in self.spans), default=0)
-        offset = shard is None and self.low_rank is None
+        offset = shard is None and self.low_rank is None and not plain
         offset = offset and head_form(hidden.device, dtype, num_tokens, vocabulary, hidden.shape[1]) == "offset"
         self._engine = self._offset_engine(longest, keep) if offset else None
         if not offset:
