@@ -114,12 +114,12 @@ def _answer(module: nn.Module, request: ScoringRequest, hidden: Tensor) -> Tenso
         added = hidden.shape[-2] - request.length
         if added:  # soft prompts stand before each row
             source = source + (source // request.length + 1) * added
-        rows, weight, bias = _operands(module, rows.index_select(0, source))
+        rows, weight, bias, *low_rank = _operands(module, rows.index_select(0, source))
         kind = rows.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         rows, weight = rows.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-        options = {"bias": bias, "form": request.form, "outputs": request.outputs}
+        options = {"bias": None if bias is None else bias.to(dtype), "form": request.form, "outputs": request.outputs}
+        options["low_rank"] = tuple(factor.to(dtype) for factor in low_rank) or None
         with torch.autocast(kind, enabled=False):
             if request.mode == "fused":
                 loss, request.stats = head_ops.fused(rows, weight, request.targets, request.loss_fn, **options)
@@ -138,8 +138,8 @@ def unpack_stats(result: Tensor, outputs: tuple[str, ...]) -> TokenStats:
     return TokenStats(**columns)
 
 
-def _operands(module: Any, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(N, D'), (V, D') and (V,) whose product and sum are the logits of `module` at `rows` (N, D)."""
+def _operands(module: Any, rows: Tensor) -> tuple[Any, ...]:
+    """h (N, D), W (V, D), bias (V,) or None, and for LoRA u (N, r), b (V, r): logits of `module` at `rows` (N, D)."""
     if _is_peft(module, "lora"):
         return _lora_operands(module, rows)
     if _is_peft(module, "trainable_tokens"):
@@ -167,15 +167,15 @@ def _plain_weight(module: Any) -> Tensor:
     return dequantize_module_weight(module)
 
 
-def _lora_operands(module: Any, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """LoRA as wider operands: h W^T + s drop(h) A^T B^T = [h, drop(h) A^T] [W, s B]^T, exact with dropout too."""
+def _lora_operands(module: Any, rows: Tensor) -> tuple[Any, ...]:
+    """LoRA as thin factors: h W^T + u b^T, u = s drop(h) A^T and b = B of all active adapters side by side."""
     layer = module.get_base_layer()
     if module.disable_adapters and module.merged:
         module.unmerge()
     weight, bias = _plain_weight(layer), getattr(layer, "bias", None)
     if module.disable_adapters or module.merged:
         return rows, weight, bias
-    parts, columns = [rows], [weight]
+    factors = []
     for name in module.active_adapters:
         if name not in module.lora_A:
             continue
@@ -184,11 +184,12 @@ def _lora_operands(module: Any, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | 
                 f"adapter '{name}' puts a variant of LoRA (DoRA or another) on the output embedding; plain LoRA, "
                 "rsLoRA or modules_to_save=['lm_head'] are supported there. Leave lm_head out of target_modules."
             )
-        lora_a, lora_b = module.lora_A[name], module.lora_B[name]
-        part = lora_a(module.lora_dropout[name](rows.to(lora_a.weight.dtype)))
-        parts.append(part.to(rows.dtype))
-        columns.append((lora_b.weight * module.scaling[name]).to(weight.dtype))
+        lora_a, lora_b, scaling = module.lora_A[name], module.lora_B[name], module.scaling[name]
+        factors.append((lora_a(module.lora_dropout[name](rows.to(lora_a.weight.dtype))) * scaling, lora_b.weight))
         if lora_b.bias is not None:
-            extra = lora_b.bias * module.scaling[name]
+            extra = lora_b.bias * scaling
             bias = extra if bias is None else bias + extra
-    return torch.cat(parts, dim=1), torch.cat(columns, dim=1), bias
+    if len(factors) < 2:
+        return rows, weight, bias, *(factors[0] if factors else ())
+    low_hidden, low_weight = zip(*factors, strict=True)
+    return rows, weight, bias, torch.cat(low_hidden, dim=1), torch.cat(low_weight, dim=1)

@@ -1,5 +1,29 @@
 """Fused language-model heads, attention on packed tokens and losses; needs torch, uses triton where it is."""
 
-from fastalign_kernels.head import OUTPUTS, LogitForm, TokenStats, deferred, fused, linear_cross_entropy, stats
+from fastalign_kernels.head import (
+    OUTPUTS,
+    LogitForm,
+    TokenStats,
+    VocabularyShard,
+    deferred,
+    fused,
+    linear_cross_entropy,
+    linear_logprobs,
+    selective_log_softmax,
+    stats,
+)
+from fastalign_kernels.modules import LinearCrossEntropyLoss
 
-__all__ = ["OUTPUTS", "LogitForm", "TokenStats", "deferred", "fused", "linear_cross_entropy", "stats"]
+__all__ = [
+    "OUTPUTS",
+    "LinearCrossEntropyLoss",
+    "LogitForm",
+    "TokenStats",
+    "VocabularyShard",
+    "deferred",
+    "fused",
+    "linear_cross_entropy",
+    "linear_logprobs",
+    "selective_log_softmax",
+    "stats",
+]

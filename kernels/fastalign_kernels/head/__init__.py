@@ -3,7 +3,20 @@
 from fastalign_kernels.head.cross_entropy import linear_cross_entropy
 from fastalign_kernels.head.deferred import deferred
 from fastalign_kernels.head.fused import fused
+from fastalign_kernels.head.logprobs import linear_logprobs, selective_log_softmax
 from fastalign_kernels.head.stats import stats
 from fastalign_kernels.head.token_stats import OUTPUTS, LogitForm, TokenStats
+from fastalign_kernels.head.vocabulary_parallel import VocabularyShard
 
-__all__ = ["OUTPUTS", "LogitForm", "TokenStats", "deferred", "fused", "linear_cross_entropy", "stats"]
+__all__ = [
+    "OUTPUTS",
+    "LogitForm",
+    "TokenStats",
+    "VocabularyShard",
+    "deferred",
+    "fused",
+    "linear_cross_entropy",
+    "linear_logprobs",
+    "selective_log_softmax",
+    "stats",
+]

@@ -2,13 +2,84 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
+from fastalign_kernels.head.deferred import deferred
 from fastalign_kernels.head.fused import fused
+from fastalign_kernels.head.positions import Scored, scored_positions
 from fastalign_kernels.head.token_stats import LogitForm, TokenStats
+from fastalign_kernels.head.vocabulary_parallel import VocabularyShard
+from fastalign_kernels.losses.supervised import dft as dft_loss
 from fastalign_kernels.losses.supervised import nll, smoothed_nll
+
+Reduction = Literal["mean", "sum", "none"]
+
+
+@dataclass
+class _TokenLosses:
+    """Loss of each scored token but for `column_term`, times 1 / divisor."""
+
+    label_smoothing: float
+    z_loss: float
+    dft: bool
+    class_weights: Tensor | None  # (V,)
+    by_token: Tensor | None  # (N,) class weight of each target
+    divisor: Tensor | int  # of the cross-entropy
+    num_tokens: int  # divisor of the z-loss
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Statistics that are needed."""
+        smooth = self.label_smoothing > 0
+        lse = self.z_loss or (smooth and self.class_weights is not None)
+        names = {"mean_logp": smooth and self.class_weights is None, "lse": lse}
+        return ("logp", *(name for name, needed in names.items() if needed))
+
+    def __call__(self, stats: TokenStats, span: slice = slice(None)) -> Tensor:
+        """(C,) losses of a span."""
+        if stats.mean_logp is not None:
+            loss = smoothed_nll(stats.logp, stats.mean_logp, self.label_smoothing)
+        else:
+            loss = dft_loss(stats.logp) if self.dft else nll(stats.logp)
+        if self.by_token is not None and self.class_weights is not None:
+            loss = self.by_token[span] * loss
+            if self.label_smoothing:  # sum_v w_v log p_v = column_term - lse sum_v w_v
+                share = self.label_smoothing / len(self.class_weights)
+                loss = (1 - self.label_smoothing) * loss + share * self.class_weights.sum() * stats.lse
+        loss = loss / self.divisor
+        if self.z_loss and stats.lse is not None:
+            loss = loss + self.z_loss / self.num_tokens * stats.lse.square()
+        return loss
+
+    def column_term(self, scored: Scored, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """(N,) sum over the columns of class weight times logit, from W^T w: a linear function of the hidden state."""
+        assert self.class_weights is not None
+        w, dtype = self.class_weights, scored.hidden.dtype
+        total = (scored.hidden @ (weight.to(dtype).t() @ w.to(dtype))).to(w.dtype)
+        if bias is not None:
+            total = total + bias.to(w.dtype) @ w
+        if scored.low_rank is not None:
+            u, b = scored.low_rank
+            total = total + (u.to(dtype) @ (b.to(dtype).t() @ w.to(dtype))).to(w.dtype)
+        temperature = scored.form.temperature
+        return total * scored.form.scale / (temperature.detach() if isinstance(temperature, Tensor) else temperature)
+
+
+def _check(reduction: str, label_smoothing: float, dft: bool, weights: Tensor | None, weight: Tensor, capped: bool):
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction={reduction!r}: choose 'mean', 'sum' or 'none'")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing={label_smoothing}: give a number from 0 to 1")
+    if dft and label_smoothing:
+        raise ValueError(f"label_smoothing={label_smoothing} with dft=True: choose one")
+    if weights is not None and weights.shape != weight.shape[:1]:
+        raise ValueError(f"class_weights {tuple(weights.shape)}: give ({weight.shape[0]},), one per row of weight")
+    if weights is not None and label_smoothing and capped:
+        raise ValueError("softcap with both class_weights and label_smoothing: leave one of the three out")
 
 
 def linear_cross_entropy(
@@ -18,34 +89,59 @@ def linear_cross_entropy(
     *,
     bias: Tensor | None = None,
     ignore_index: int = -100,
-    reduction: Literal["mean", "sum"] = "mean",
+    reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    class_weights: Tensor | None = None,
+    z_loss: float = 0.0,
+    dft: bool = False,
+    low_rank: tuple[Tensor, Tensor] | None = None,
+    shard: VocabularyShard | None = None,
+    chunk: int | None = None,
 ) -> Tensor:
-    """Cross-entropy of softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap), 0-dim fp32, in nats.
+    """Cross-entropy, in nats, of softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) / temperature.
 
-    hidden (..., D), weight (V, D), targets (...) int64. As `torch.nn.functional.cross_entropy`, but the mean over no
-    target is 0, not NaN. Targets equal to `ignore_index` are dropped before the first product and cost nothing; to
-    find them, the targets are read back from a GPU once: `fused` on listed positions does without. Raises ValueError.
+    hidden (..., D), weight (V, D), targets (...) int64, temperature a number or (...). As
+    `torch.nn.functional.cross_entropy` with `class_weights` (V,) as its `weight`, but the mean over nothing is 0, not
+    NaN. 0-dim fp32, or (...) for reduction "none". Three products, four for "none".
+
+    `z_loss` times the squared log-normaliser is added (arXiv:2204.02311 Sec. 5; its mean is over tokens). `dft`
+    weights each token by its own probability (`losses.supervised.dft`). `low_rank` u (..., r) and b (V, r), `shard`
+    and `weight.main_grad` as in `fused`. Targets equal to `ignore_index` are dropped before the first product and cost
+    nothing; to find them, the targets are read back from a GPU once: `fused` on listed positions does without, and
+    returns statistics too. Raises ValueError.
     """
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction={reduction!r}: choose 'mean' or 'sum'; per-token values come from `deferred`")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing={label_smoothing}: give a number from 0 to 1")
-    if targets.shape != hidden.shape[:-1]:
-        raise ValueError(f"targets {tuple(targets.shape)}: give {tuple(hidden.shape[:-1])}, one per hidden state")
-    hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    kept = (targets != ignore_index).nonzero().squeeze(1)
-    if kept.numel() < targets.numel():
-        hidden, targets = hidden.index_select(0, kept), targets.index_select(0, kept)
-    divisor = max(1, targets.numel()) if reduction == "mean" else 1
+    _check(reduction, label_smoothing, dft, class_weights, weight, softcap is not None)
+    if class_weights is not None and shard is not None:
+        raise ValueError("class_weights with shard: give per-token weights to a loss function of `fused` instead")
+    form = LogitForm(logit_scale, softcap, temperature)
+    options: dict[str, Any] = {"bias": bias, "chunk": chunk}
+    if torch.compiler.is_compiling() and low_rank is None and shard is None:
+        from fastalign_kernels import custom_ops
 
-    def loss_fn(stats: TokenStats, span: slice) -> Tensor:
-        if stats.mean_logp is None:
-            return nll(stats.logp).sum() / divisor
-        return smoothed_nll(stats.logp, stats.mean_logp, label_smoothing).sum() / divisor
-
-    outputs = ("logp", "mean_logp") if label_smoothing else ("logp",)
-    form = LogitForm(scale=logit_scale, softcap=softcap)
-    return fused(hidden, weight, targets, loss_fn, bias=bias, form=form, outputs=outputs)[0]
+        settings = (ignore_index, reduction, label_smoothing, z_loss, dft)
+        return custom_ops.linear_cross_entropy(hidden, weight, targets, class_weights, form, settings, **options)
+    scored = scored_positions(hidden, targets, form, low_rank, ignore_index)
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    weights = None if class_weights is None else class_weights.detach().to(wide)
+    by_token = None if weights is None else weights[scored.targets]
+    count = max(1, scored.targets.numel())
+    divisor = 1
+    if reduction == "mean":
+        divisor = count if by_token is None else by_token.sum()
+        divisor = divisor.where(divisor > 0, 1) if isinstance(divisor, Tensor) else divisor
+    losses = _TokenLosses(
+        label_smoothing, z_loss, dft, weights, by_token, divisor, count if reduction == "mean" else 1
+    )
+    options |= {"form": scored.form, "outputs": losses.outputs, "low_rank": scored.low_rank, "shard": shard}
+    if reduction == "none":
+        result = losses(deferred(scored.hidden, weight, scored.targets, **options))
+    else:
+        total = lambda stats, span: losses(stats, span).sum()  # noqa: E731
+        result, _ = fused(scored.hidden, weight, scored.targets, total, **options)
+    if weights is not None and label_smoothing:
+        term = losses.column_term(scored, weight, bias) * (label_smoothing / len(weights))
+        result = result - (term if reduction == "none" else term.sum() / divisor)
+    return scored.spread(result) if reduction == "none" else result

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ class FactorGradients:
         into: Tensor | None = None,
     ):
         self._factors = left, right = factors
-        self._wide = {"out_dtype": torch.float32} if wide else {}
+        self._wide: dict[str, Any] = {"out_dtype": torch.float32} if wide else {}
         self._started = into is not None
         self.left = torch.empty(left.shape, dtype=left.dtype, device=left.device) if needs[0] else None
         self.right = into if needs[1] else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastalign_kernels.head.token_stats import OUTPUTS, LogitForm

@@ -66,12 +66,13 @@ class Head:
     ):
         """`keep`: gradients follow. `plain`: the caller reads the logits themselves, which an engine does not give."""
         hidden, dtype = operands.hidden, operands.hidden.dtype
-        ready = [None if t is None else t.detach().to(dtype) for t in operands]  # one cast a call where dtypes differ
-        self.hidden, self.weight, low_hidden, low_weight = (
-            None if t is None else _product_ready(t) for t in (ready[0], ready[1], ready[3], ready[4])
-        )  # pyright: ignore[reportAttributeAccessIssue]
-        self.bias = ready[2]
-        self.low_rank = None if low_hidden is None or low_weight is None else (low_hidden, low_weight)
+        self.hidden = _product_ready(hidden.detach())
+        self.weight = _product_ready(operands.weight.detach().to(dtype))  # one cast per call where the dtypes differ
+        self.bias = None if operands.bias is None else operands.bias.detach().to(dtype)
+        u, b = operands.low_hidden, operands.low_weight
+        self.low_rank = None
+        if u is not None and b is not None:
+            self.low_rank = _product_ready(u.detach().to(dtype)), _product_ready(b.detach().to(dtype))
         self.grad_dtypes = tuple(None if t is None else t.dtype for t in operands)
         cuda = hidden.is_cuda and torch.version.hip is None
         self.wide_products = cuda and dtype in (torch.bfloat16, torch.float16)
@@ -106,7 +107,7 @@ class Head:
         if self._engine is not None:
             return self._engine.logits(span)
         hidden, out = self.hidden[span], self._buffer[: span.stop - span.start]
-        wide = {"out_dtype": torch.float32} if self.wide_products else {}
+        wide: dict[str, Any] = {"out_dtype": torch.float32} if self.wide_products else {}
         if self.bias is None:
             torch.mm(hidden, self.weight.t(), **wide, out=out)
         elif self.wide_products:

@@ -1,7 +1,7 @@
 """A head whose vocabulary is spread over ranks: statistics of all columns from those of each rank's own.
 
-With lse_r, H_r, S2_r of the columns of rank r, m = max_r lse_r, e_r = exp(lse_r - m) and Z = sum_r e_r (so that e_r / Z
-is the probability of the rank's columns):
+With lse_r, H_r, S2_r of the columns of rank r, m = max_r lse_r, e_r = exp(lse_r - m) and Z = sum_r e_r (so that the
+rank's columns have the probability e_r / Z):
 
     lse = m + log Z         logp = [logp_r + lse_r - m of the owner] - log Z        S2 = sum_r e_r^2 S2_r / Z^2
     H = log Z + sum_r e_r (H_r - (lse_r - m)) / Z                                   mean_logit = sum_r V_r mean_r / V
@@ -23,7 +23,7 @@ from fastalign_kernels.head.token_stats import LogitForm
 class VocabularyShard:
     """This rank's part of a head: `weight`, `bias` and the adapter's b hold rows start, start + 1, ... of the whole.
 
-    All ranks of `group` pass the same hidden states, targets (ids in the whole vocabulary) and loss, and call together.
+    All ranks of `group` call together with the same hidden states, targets (ids in the whole vocabulary) and loss.
     Statistics and losses are those of the whole head on every rank. The gradient of the hidden states is summed over
     the group, in their dtype; gradients of weight and bias stay with their rows.
     """
@@ -99,11 +99,11 @@ class VocabularyShard:
         c (1/V - p) + d / V = c (1/V_r - p) + d' / V_r for d' = (c + d) V_r / V - c.
         """
         c, d = whole.mean_logp, whole.mean_logit
-        if c is None and d is None:
-            return whole
-        both = c if d is None else d if c is None else c + d
-        mean_logit = both * share if c is None else both * share - c
-        return Coefficients(whole.logp, whole.entropy, c, mean_logit, whole.log_sum_p2)
+        if c is not None:
+            d = (c if d is None else c + d) * share - c
+        elif d is not None:
+            d = d * share
+        return Coefficients(whole.logp, whole.entropy, c, d, whole.log_sum_p2)
 
     def sum(self, partial: Tensor) -> None:
         """Adds up over the ranks, in place."""
