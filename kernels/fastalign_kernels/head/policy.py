@@ -14,6 +14,7 @@ from fastalign_kernels.head.deferred import deferred
 from fastalign_kernels.head.fused import fused
 from fastalign_kernels.head.stats import stats
 from fastalign_kernels.head.token_stats import LogitForm, TokenStats
+from fastalign_kernels.head.vocabulary_parallel import VocabularyShard
 from fastalign_kernels.losses.corrections import entropy_threshold, high_entropy_mask
 from fastalign_kernels.losses.policy_gradient import (
     WEIGHTINGS,
@@ -109,6 +110,8 @@ def linear_policy_loss(
     bias: Tensor | None = None,
     form: LogitForm = LogitForm(),  # noqa: B008 (frozen)
     chunk: int | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
+    shard: VocabularyShard | None = None,
     **options: Any,
 ) -> tuple[Tensor, PolicyStats]:
     """Loss (0-dim fp32, differentiable) of scored tokens, hidden (N, D) under weight (V, D), and their numbers.
@@ -118,7 +121,8 @@ def linear_policy_loss(
     into micro-batches. `rows` (N,) are non-decreasing ids below `num_rows`, best on the CPU. `old_logp` None: the
     policy itself made the batch. The reference: `ref_logp`, or `ref_hidden` (N, D') with `ref_weight` (default
     `weight`), one product more. `threshold_of(entropy)` finds the 0-dim bound of the entropy mask, as over all
-    devices; default: the quantile of these tokens. The temperature, also per token, is in `form`.
+    devices; default: the quantile of these tokens. The temperature, also per token, is in `form`; `low_rank` (of the
+    policy) and `shard` (of policy and reference) as in `fused`.
 
     Three products; losses of whole rows cut chunks between rows. Four, where a row is longer than a chunk or
     `top_entropy_quantile` needs all entropies first. Raises ValueError for arguments that do not fit together.
@@ -130,7 +134,7 @@ def linear_policy_loss(
     if ref_hidden is not None:
         with torch.no_grad():
             head = weight if ref_weight is None else ref_weight
-            ref_logp = stats(ref_hidden, head, targets, bias=ref_bias, form=form, chunk=chunk).logp
+            ref_logp = stats(ref_hidden, head, targets, bias=ref_bias, form=form, chunk=chunk, shard=shard).logp
     tokens = PolicyTokens(advantages, weights, ids, old_logp, ref_logp, sampling_logp, importance_weights)
     _check(tokens, objective, num_rows, targets.shape[0])
     groups = rows if objective.needs_rows else None
@@ -140,7 +144,14 @@ def linear_policy_loss(
         groups = groups.cpu()
     fits = groups is None or targets.shape[0] <= limit or _chunk_holds_rows(groups, limit)
     loss_fn = _LossFunction(tokens, objective, num_rows or 0)
-    head_arguments = {"bias": bias, "form": form, "outputs": OUTPUTS, "chunk": chunk}
+    head_arguments = {
+        "bias": bias,
+        "form": form,
+        "outputs": OUTPUTS,
+        "chunk": chunk,
+        "low_rank": low_rank,
+        "shard": shard,
+    }
     if fits and objective.top_entropy_quantile == 1.0:
         loss, found = fused(hidden, weight, targets, loss_fn, groups=groups, **head_arguments)
     else:
