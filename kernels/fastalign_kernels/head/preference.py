@@ -124,15 +124,13 @@ class _PairObjective:
         return by_answer[:, 0], by_answer[:, 1]
 
     def _losses(self, stats: TokenStats, span: slice, rows: slice, chosen: Tensor, rejected: Tensor) -> PairLosses:
-        references = (None, None) if self.ref_logps is None else self._pair(self.ref_logps[rows])
+        references = () if self.ref_logps is None else self._pair(self.ref_logps[rows])
         if callable(self.loss):
             found = self.loss(chosen, rejected, *references, **self.settings)
             if isinstance(found, PairLosses):
                 return found
-            rewards = (
-                v.detach() if r is None else (v - r).detach()
-                for v, r in zip((chosen, rejected), references, strict=True)
-            )
+            ratios = zip((chosen, rejected), references or (0.0, 0.0), strict=True)
+            rewards = ((logps - ref).detach() for logps, ref in ratios)
             return PairLosses(found, *rewards)
         if self.loss != "dpo":
             return METHODS[self.loss](chosen, rejected, **self.settings)
@@ -181,7 +179,7 @@ def linear_preference_loss_reference(
 ) -> Tensor:
     """The specification, from full logits: mean of fn over pairs + nll_alpha * mean NLL of one answer's tokens.
 
-    fn(chosen, rejected, ref_chosen, ref_rejected) -> (B,) losses of sums or means of answers' logp; ref_logp (N,).
+    fn(chosen, rejected[, ref_chosen, ref_rejected]) -> (B,) losses of sums or means of answers' logp; ref_logp (N,).
     """
     logp = torch.log_softmax(hidden @ weight.t(), -1).gather(1, targets[:, None]).squeeze(1)
 
@@ -193,7 +191,7 @@ def linear_preference_loss_reference(
         tokens = [of_answer(values, k, answer) for k in range(num_pairs)]
         return torch.stack([t.sum() / (max(1, len(t)) if average_log_prob else 1) for t in tokens])
 
-    references = (None, None) if ref_logp is None else (answers(ref_logp, 0), answers(ref_logp, 1))
+    references = () if ref_logp is None else (answers(ref_logp, 0), answers(ref_logp, 1))
     loss = fn(answers(logp, 0), answers(logp, 1), *references)
     loss = (loss.losses if isinstance(loss, PairLosses) else loss).mean()
     if nll_alpha:
@@ -234,8 +232,8 @@ def linear_preference_loss(
     if nll_alpha=0). Keep `rows` on the CPU: elsewhere it is read back once. Tokens that do not lie pair by pair cost
     one copy of `hidden`. An answer may have no token.
 
-    `loss`: "dpo" (`preference_loss`; needs the reference), "cpo", "orpo", "tpo", or fn(chosen_logps, rejected_logps,
-    ref_chosen_logps, ref_rejected_logps, **settings) of (b,) tensors of any part of the pairs (of all, where
+    `loss`: "dpo" (`preference_loss`; needs the reference), "cpo", "orpo", "tpo", or fn(chosen_logps, rejected_logps
+    [, ref_chosen_logps, ref_rejected_logps], **settings) of (b,) tensors of any part of the pairs (of all, where
     `couples_pairs`), which returns losses (b,) or `PairLosses`. `settings` go to the loss: loss_type, beta, ...
     The reference: `ref_logps`, one per answer in the numbering of rows, or a `Reference`.
 

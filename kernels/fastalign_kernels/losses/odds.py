@@ -35,7 +35,7 @@ def cpo_loss(
     """CPO, arXiv:2401.08417 Eq. 3 without its NLL term, of logps (B,): sums for sigmoid and hinge, else token means.
 
     sigmoid, hinge and ipo of the margin m of logps; simpo: -log sigma(beta m - gamma), arXiv:2405.14734 Eq. 6;
-    alphapo: simpo on rewards (1 - p^-alpha) / alpha, arXiv:2501.03884 Eq. 8. `alpha` other than 0 does so in any type.
+    alphapo: simpo on rewards (1 - p^-alpha) / alpha, arXiv:2501.03884. `alpha` other than 0 does so in any type.
     """
     if loss_type not in (known := ("sigmoid", "hinge", "ipo", "simpo", "alphapo")):
         raise ValueError(f"loss_type={loss_type!r}: choose among {', '.join(known)}")
@@ -56,7 +56,7 @@ def tpo_loss(
     label_smoothing: float = 0.0,
     tpo_l_gamma: float = 0.5,
 ) -> PairLosses:
-    """TPO, arXiv:2405.16681 Eq. 9 without the NLL of the gold answer: sigmoid, hinge, ipo or tpo-l of logps (B,).
+    """TPO, arXiv:2405.16681, without the NLL of the gold answer: sigmoid, hinge, ipo or tpo-l of logps (B,).
 
     Sums for sigmoid and hinge, token means for ipo and tpo-l: -log sigma(beta m - gamma).
     """
@@ -69,11 +69,11 @@ def tpo_loss(
 def log_odds_ratio(chosen_logps: Tensor, rejected_logps: Tensor) -> Tensor:
     """(B,) log of odds(chosen) / odds(rejected), odds = p / (1 - p), of token means, arXiv:2403.07691 Eq. 4.
 
-    A mean above minus half the dtype's resolution counts as that, so that certainty has finite odds.
+    A mean above -2^-24, half the last bit of 1 in fp32, counts as that, so that certainty has finite odds.
     """
 
     def log_odds(logp: Tensor) -> Tensor:
-        logp = logp.clamp(max=-torch.finfo(logp.dtype).eps / 2)
+        logp = logp.clamp(max=-(2.0**-24))
         return logp - torch.log(-torch.expm1(logp))
 
     return log_odds(chosen_logps) - log_odds(rejected_logps)

@@ -42,7 +42,7 @@ def bounded_exp(x: Tensor) -> Tensor:
 
 
 def divergence_score(logratio: Tensor, f_divergence_type: str = "reverse_kl", alpha: float = 0.5) -> Tensor:
-    """f-DPO's f'(u) at u = exp(logratio) (B,), arXiv:2309.16240 Eq. 7 and Table 1, up to constants that cancel.
+    """f-DPO's f'(u) at u = exp(logratio) (B,), arXiv:2309.16240 Table 1, up to constants that cancel.
 
     reverse_kl: log u; forward_kl: 1 - 1/u; js_divergence: log(2u / (1 + u)); alpha_divergence: (u^(a-1) - 1)/(a - 1).
     """
@@ -101,7 +101,7 @@ def _sigmoid(p: _Pairs) -> Tensor:
 
 
 def _hinge(p: _Pairs) -> Tensor:
-    """SLiC / RSO, arXiv:2309.06657 Eq. 11: max(0, 1 - beta d)."""
+    """SLiC / RSO, arXiv:2309.06657: max(0, 1 - beta d)."""
     return torch.relu(1 - p.logits)
 
 
@@ -118,19 +118,19 @@ def _exo_pair(p: _Pairs) -> Tensor:
 
 
 def _nca_pair(p: _Pairs) -> Tensor:
-    """NCA, arXiv:2402.05369 Eq. 12 with two answers: -log sigma(c) - (log sigma(-c) + log sigma(-r)) / 2."""
+    """NCA, arXiv:2402.05369, with two answers: -log sigma(c) - (log sigma(-c) + log sigma(-r)) / 2."""
     chosen, rejected = p.beta * p.chosen, p.beta * p.rejected
     return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
 
 
 def _robust(p: _Pairs) -> Tensor:
-    """Robust DPO, arXiv:2403.00409 Eq. 11: unbiased under a rate e of flipped preferences."""
+    """Robust DPO, arXiv:2403.00409: unbiased under a rate e of flipped preferences."""
     x, epsilon = p.logits, p.label_smoothing
     return (-(1 - epsilon) * F.logsigmoid(x) + epsilon * F.logsigmoid(-x)) / (1 - 2 * epsilon)
 
 
 def _bco_pair(p: _Pairs) -> Tensor:
-    """BCO on pairs, arXiv:2404.04656 Eq. 9 without its shift: -log sigma(c) - log sigma(-r)."""
+    """BCO on pairs, arXiv:2404.04656, without its shift: -log sigma(c) - log sigma(-r)."""
     return -F.logsigmoid(p.beta * p.chosen) - F.logsigmoid(-p.beta * p.rejected)
 
 
@@ -174,7 +174,7 @@ def _sft(p: _Pairs) -> Tensor:
 
 
 def _sigmoid_norm(p: _Pairs) -> Tensor:
-    """DPO on per-token means, arXiv:2411.15124 Eq. 6: -log sigma(beta d_mean)."""
+    """DPO on per-token means, as in Tulu 3, arXiv:2411.15124: -log sigma(beta d_mean)."""
     return -F.logsigmoid(p.beta * p.mean_margin)
 
 
@@ -216,7 +216,7 @@ def preference_loss(
 ) -> PairLosses:
     """Losses of B pairs from summed log-probabilities (B,) in nats, with beta * log-ratios as rewards.
 
-    Several `loss_type`s are added with `loss_weights` (default 1 each): MPO, arXiv:2411.10442 Eq. 2. Lengths (B,) in
+    Several `loss_type`s are added with `loss_weights` (default 1 each): MPO, arXiv:2411.10442. Lengths (B,) in
     tokens are needed by ipo and sigmoid_norm, and by sft, whose loss is `chosen_nll` (B,) where given (with LD-DPO the
     logps are not plain sums), else -chosen_logps over the mean chosen length. `weights` (B,) multiply the losses (WPO:
     `wpo_weights` of both answers). aot and aot_unpaired couple the pairs: give all at once. Raises ValueError.

@@ -47,5 +47,5 @@ def step_labels(
 
 
 def process_reward_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy (T,) of logits (T, C) at labels (T,) from `step_labels`, arXiv:2305.20050 App. E; 0 where -100."""
+    """Cross-entropy (T,) of logits (T, C) at labels (T,) from `step_labels`, arXiv:2305.20050; 0 where -100."""
     return F.cross_entropy(logits, labels, ignore_index=-100, reduction="none")

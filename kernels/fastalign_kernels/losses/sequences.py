@@ -15,7 +15,7 @@ def row_sums(values: Tensor, lengths: Tensor) -> Tensor:
 
 
 def ld_weights(position: Tensor, shared_length: Tensor, ld_alpha: float) -> Tensor:
-    """LD-DPO, arXiv:2409.06411 Eq. 10: weight (N,) fp32 of each token's logp in its sequence's.
+    """LD-DPO, arXiv:2409.06411: weight (N,) fp32 of each token's logp in its sequence's.
 
     position (N,) of the token in its answer, from 0; shared_length (N,) tokens of the shorter answer of its pair:
     1 for what both answers reach, `ld_alpha` for the tail of the longer one.
@@ -24,7 +24,7 @@ def ld_weights(position: Tensor, shared_length: Tensor, ld_alpha: float) -> Tens
 
 
 def wpo_weights(logp: Tensor, log_sum_p2: Tensor, lengths: Tensor, counted: Tensor | None = None) -> Tensor:
-    """WPO, arXiv:2406.11827 Eq. 2 and Sec. 3.2: weight (R,) of each sequence, exp of the mean of logp - log sum p^2.
+    """WPO, arXiv:2406.11827 Eq. 2: weight (R,) of each sequence, exp of the mean of logp - log sum p^2.
 
     logp (N,) of the policy, log_sum_p2 (N,) log of its distributions' summed squares; the mean is over the tokens that
     `counted` (N,) marks with 1. A pair is weighted with the product of its answers' weights. Without gradient.

@@ -44,7 +44,7 @@ def kto_loss(
 
 
 def kl_baseline(kl_logps: Tensor, ref_kl_logps: Tensor) -> Tensor:
-    """KTO's z, arXiv:2402.01306 Sec. 4.1: mean log-ratio of mismatched answers (R,), at least 0; 0-dim, detached.
+    """KTO's z, arXiv:2402.01306 Eq. 8: mean log-ratio of mismatched answers (R,), at least 0; 0-dim, detached.
 
     With several ranks, take the mean over ranks of `(kl_logps - ref_kl_logps).mean()` and clamp that.
     """
@@ -60,7 +60,7 @@ def bco_loss(
     beta: float = 0.1,
     undesirable_weights: Tensor | None = None,
 ) -> RowLosses:
-    """BCO, arXiv:2404.04656 Eq. 9, of summed logps (R,) and labels (R,) bool: -log sigma(+-(r - delta)).
+    """BCO, arXiv:2404.04656, of summed logps (R,) and labels (R,) bool: -log sigma(+-(r - delta)).
 
     r = beta (logps - ref_logps); `delta` 0-dim is the running mean of rewards (`running_mean`), detached.
     `undesirable_weights` (R,) multiply the losses of undesirable answers (`density_ratio_weights`).
@@ -83,7 +83,7 @@ def running_mean(mean: Tensor, count: Tensor, values: Tensor) -> tuple[Tensor, T
 def density_ratio_weights(
     prob_desirable: Tensor, *, min_density_ratio: float = 0.5, max_density_ratio: float = 10.0
 ) -> Tensor:
-    """BCO's underlying-distribution matching, arXiv:2404.04656 Eq. 12: p / (1 - p), clamped.
+    """BCO's underlying-distribution matching, arXiv:2404.04656: p / (1 - p), clamped.
 
     prob_desirable (R,): a classifier's probability that the prompt comes from the desirable data.
     """
