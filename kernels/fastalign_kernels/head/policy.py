@@ -84,6 +84,14 @@ class _LossFunction:
         )
 
 
+def _check_rows(rows: Tensor | None, num_rows: int | None) -> None:
+    """ValueError for ids on the CPU that are no runs; those on a GPU are not read back."""
+    if rows is None or num_rows is None or rows.device.type != "cpu" or not rows.numel():
+        return
+    if bool((rows.diff() < 0).any()) or int(rows[0]) < 0 or int(rows[-1]) >= num_rows:
+        raise ValueError(f"rows: give non-decreasing ids from 0 to {num_rows - 1}; sort the tokens by row")
+
+
 def _chunk_holds_rows(rows: Tensor, chunk: int) -> bool:
     """Whether each row (ids (N,) on the CPU) fits into a chunk."""
     lengths = torch.unique_consecutive(rows, return_counts=True)[1]
@@ -128,6 +136,7 @@ def linear_policy_loss(
     `top_entropy_quantile` needs all entropies first. Raises ValueError for arguments that do not fit together.
     """
     objective = PolicyObjective(**options)
+    _check_rows(rows, num_rows)
     ids = None if rows is None else rows.to(hidden.device)
     if weights is None:
         weights = _default_weights(ids, num_rows, targets, objective)
