@@ -29,7 +29,7 @@ struct Logits {
     void* data = nullptr;
     bool is_bfloat16 = false;
     int64_t num_rows = 0, vocabulary = 0, stride = 0;  // stride in elements
-    const int64_t* targets = nullptr;
+    const int64_t* targets = nullptr;     // -1: the target's column is not here
     const float* temperatures = nullptr;  // one per row, or null: `temperature`
     float scale = 1, softcap = 0, temperature = 1;
 
@@ -101,7 +101,7 @@ ROWS_INLINE void forward_row(const Logits& logits, const Statistics& out, int64_
     const float inverse = logits.inverse_temperature(row);
     const float inner = CAP ? logits.scale / logits.softcap : logits.scale * inverse, outer = logits.softcap * inverse;
     alignas(64) float z[BLOCK];
-    float top = -infinity, target_logit = 0;
+    float top = -infinity, target_logit = -infinity;  // without a target here (-1) it stays so
     bool is_best = false;
     double s = 0, t = 0, q = 0, total = 0;
     for (int64_t begin = 0; begin < vocabulary; begin += BLOCK) {
@@ -183,15 +183,16 @@ ROWS_INLINE void backward_row(const Logits& logits, const Coefficients& c, int64
                         e != 0 ? 2 * e * std::exp(-c.log_sum_p2_value[row]) : 0,
                         (on_mean_logp + of(c.mean_logit)) / static_cast<float>(vocabulary)};
     // the target's 1 is added in fp32 before anything is rounded to the storage type
-    typename S::Element at_target[W];
-    const auto m = load_tail<S, W>(data + target, 1);
-    auto g = gradient<W, CAP, EXTRA>(m, k, lse, inner, outer, slope);
-    auto one = splat<W>(a * slope);
-    if constexpr (CAP) {
-        const auto t = tanh<W>(m * inner);
-        one *= 1.0f - t * t;
+    typename S::Element at_target[W] = {};
+    if (target >= 0) {
+        const auto m = load_tail<S, W>(data + target, 1);
+        auto one = splat<W>(a * slope);
+        if constexpr (CAP) {
+            const auto t = tanh<W>(m * inner);
+            one *= 1.0f - t * t;
+        }
+        S::template store<W>(at_target, gradient<W, CAP, EXTRA>(m, k, lse, inner, outer, slope) + one);
     }
-    S::template store<W>(at_target, g + one);
     const int64_t whole = vocabulary - vocabulary % W;
     for (int64_t i = 0; i < whole; i += W) {
         fetch_ahead(data + i);
@@ -200,12 +201,11 @@ ROWS_INLINE void backward_row(const Logits& logits, const Coefficients& c, int64
     }
     if (whole < vocabulary) {
         typename S::Element tail[W];
-        g = gradient<W, CAP, EXTRA>(
-            load_tail<S, W>(data + whole, vocabulary - whole), k, lse, inner, outer, slope);
-        S::template store<W>(tail, g);
+        const auto m = load_tail<S, W>(data + whole, vocabulary - whole);
+        S::template store<W>(tail, gradient<W, CAP, EXTRA>(m, k, lse, inner, outer, slope));
         std::copy(tail, tail + (vocabulary - whole), data + whole);
     }
-    data[target] = at_target[0];
+    if (target >= 0) data[target] = at_target[0];
 }
 
 template <class S, int W, bool CAP, class Job>
@@ -262,10 +262,10 @@ std::string instruction_set(const std::string& wanted) {
 template <class Job>
 void run(const Logits& logits, const Job& job, bool extra, int64_t num_threads, const std::string& wanted) {
     for (int64_t row = 0; row < logits.num_rows; ++row) {
-        if (logits.targets[row] < 0 || logits.targets[row] >= logits.vocabulary) {
+        if (logits.targets[row] < -1 || logits.targets[row] >= logits.vocabulary) {
             throw std::invalid_argument("targets[" + std::to_string(row) + "] of the chunk is " +
                                         std::to_string(logits.targets[row]) + ", allowed are 0 to " +
-                                        std::to_string(logits.vocabulary - 1));
+                                        std::to_string(logits.vocabulary - 1) + ", and -1 for a column elsewhere");
         }
     }
     void (*rows)(const Logits&, const Job&, bool, int64_t, int64_t) = rows_plain;

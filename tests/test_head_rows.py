@@ -63,6 +63,35 @@ def test_ties_go_to_the_first_token_as_in_argmax():
     assert found.stats.top1.tolist() == [True, False, False]
 
 
+@pytest.mark.parametrize("kernel", ["avx512", "avx2", "plain", "reference"])
+@pytest.mark.parametrize("form", [LogitForm(), LogitForm(0.5, 30.0)], ids=["plain", "softcap"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_target_on_another_shard(kernel, form, dtype):
+    """-1: logp is -inf, top1 false, the rest as ever; the gradient lacks the target's own term."""
+    if kernel != "reference" and dispatch.native_module().row_instruction_set(kernel) != kernel:
+        pytest.skip(f"no {kernel} on this machine")
+    logits, here = torch.randn(4, 2500).to(dtype), torch.tensor([3, 2499, 5, 6])
+    here[0] = logits[0].float().argmax()
+    targets = torch.where(torch.tensor([True, True, False, True]), -1, here)
+    coefficients = all_coefficients(4)
+    expected, expected_grad = reference(logits, here, form, coefficients)
+    slope = torch.full_like(expected_grad, form.scale)
+    if form.softcap:
+        slope *= 1 - torch.tanh(form.scale * logits.double() / form.softcap).square()
+    index = torch.tensor([0, 1, 3]), here[[0, 1, 3]]
+    expected_grad[index] -= (coefficients.logp.double()[:, None] * slope)[index]
+    if kernel == "reference":
+        found, grad = reference(logits, targets, form, coefficients)
+    else:
+        found, grad = native(logits, targets, form, coefficients, kernel)
+    assert found.stats.logp[[0, 1, 3]].tolist() == [-torch.inf] * 3 and not found.stats.top1.any()
+    assert (found.stats.logp[2] - expected.stats.logp[2]).abs() < ROW_STATISTICS
+    assert (found.lse - expected.lse).abs().max() < ROW_STATISTICS
+    for name in ("entropy", "mean_logp", "mean_logit", "log_sum_p2"):
+        assert (getattr(found.stats, name) - getattr(expected.stats, name)).abs().max() < ROW_STATISTICS, name
+    assert relative_error(grad, expected_grad) < ROW_GRADIENTS[dtype]
+
+
 def test_minus_infinity_and_nan():
     """A forbidden token (-inf) has no probability and no gradient; NaN is not swallowed."""
     logits = torch.randn(3, 2500)
@@ -137,7 +166,7 @@ def test_choice_of_kernels(monkeypatch):
     with pytest.raises(ImportError, match=r"fastalign\._native"):
         dispatch.backend(cpu, torch.float32)
     monkeypatch.setenv("FASTALIGN_KERNELS", "fast")
-    with pytest.raises(ValueError, match="choose one of auto, native, reference"):
+    with pytest.raises(ValueError, match="choose one of auto, triton, native, reference"):
         dispatch.backend(cpu, torch.float32)
 
 

@@ -17,8 +17,10 @@ dp_v/dz_w = p_v (1[v=w] - p_w): dH/dz_v = -p_v (log p_v + H) and dlog S2/dz_v = 
     dL/dm_v = dL/dz_v * (scale / temperature) * (1 - tanh^2(scale * m_v / softcap))
 
 The temperature is a constant: no gradient goes to it, also where it is a tensor.
+A target of -1 is a token whose column is not among these (it lies on another shard of the vocabulary): logp is -inf
+and top1 false, the other statistics are those of the columns here; the gradient's a 1[v=y] is absent, a p_v is not.
 Arithmetic is fp32 (fp64 for fp64 logits) whatever the logits are stored in; `row_stats_reference` and
-`row_gradient_reference` are the specification of the native kernel (csrc/rows.cpp).
+`row_gradient_reference` are the specification of the kernels in C++ (csrc/rows.cpp) and Triton (triton_rows.py).
 """
 
 from __future__ import annotations
@@ -100,7 +102,7 @@ def row_stats_reference(logits: Tensor, targets: Tensor, form: LogitForm, output
     """The statistics of (C, V) logits in plain torch; fields not in `outputs` are None, except logp."""
     z, _ = _form_logits(logits, form)
     top, argmax = z.max(dim=1)
-    z_target = z.gather(1, targets.unsqueeze(1)).squeeze(1)
+    z_target = z.gather(1, targets.clamp_min(0).unsqueeze(1)).squeeze(1).masked_fill(targets < 0, -torch.inf)
     shifted = z - top.unsqueeze(1)
     e = shifted.exp()
     sums = e.sum(dim=1)
@@ -138,7 +140,8 @@ def row_gradient_reference(
     if rows.stats.log_sum_p2 is not None and coefficients.log_sum_p2 is not None:
         grad += (2 * e * torch.exp(-rows.stats.log_sum_p2)).unsqueeze(1) * p.square_()
     grad += ((c + d) / logits.shape[1]).unsqueeze(1)
-    grad.scatter_add_(1, targets.unsqueeze(1), a.unsqueeze(1))
+    at_target = a.masked_fill(targets < 0, 0).unsqueeze(1)
+    grad.scatter_add_(1, targets.clamp_min(0).unsqueeze(1), at_target)
     if tanh is not None:
         grad *= 1 - tanh.square()
     if form.scale != 1.0 or isinstance(form.temperature, Tensor) or form.temperature != 1.0:
@@ -163,7 +166,12 @@ def empty_stats(num_rows: int, outputs: tuple[str, ...], dtype: torch.dtype, dev
 
 def row_stats(logits: Tensor, targets: Tensor, form: LogitForm, outputs: tuple[str, ...], out: RowStats) -> None:
     """Statistics of (C, V) logits of any row stride, written to `out`; the logits stay as they are."""
-    if backend(logits.device, logits.dtype) == "native":
+    chosen = backend(logits.device, logits.dtype)
+    if chosen == "triton":
+        from fastalign_kernels.head import triton_rows
+
+        return triton_rows.row_stats(logits, targets, form, out)
+    if chosen == "native":
         return native_rows.row_stats(logits, targets, form, out)
     for block in _blocks(logits):
         rows = row_stats_reference(logits[block], targets[block], slice_form(form, block), outputs)
@@ -182,7 +190,13 @@ def row_gradient(
     Where `dtype` is narrower than the logits, each row of the result lies at the start of its logits' row.
     """
     out = logits if dtype == logits.dtype else logits.view(dtype)[:, : logits.shape[1]]
-    if backend(logits.device, logits.dtype) == "native":
+    chosen = backend(logits.device, logits.dtype)
+    if chosen == "triton":
+        from fastalign_kernels.head import triton_rows
+
+        triton_rows.row_gradient(logits, targets, form, rows, coefficients, out)
+        return out
+    if chosen == "native":
         native_rows.row_gradient(logits, targets, form, rows, coefficients)
         return out
     for block in _blocks(logits):
