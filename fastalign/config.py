@@ -40,10 +40,24 @@ class AlignConfig(TrainingArguments):
         "Tokens in a micro-batch: the examples of an optimizer step are regrouped, longest first, so that none "
         "exceeds it. The loss is unchanged. Unset: per_device_train_batch_size examples.",
     )
+    kernel_backend: str = arg(
+        "auto",
+        "Kernels of norms, gated activations, RoPE and LoRA: fastalign's own, Liger's, those of the Hub, or none; "
+        "auto: own on a GPU with Triton.",
+        choices=["auto", "own", "liger", "hub", "none"],
+    )
 
     def __post_init__(self):
         if self.token_budget is not None and self.token_budget <= 0:
             raise ValueError(f"token_budget must be a positive number of tokens or None, found {self.token_budget}.")
+        if self.kernel_backend not in ("auto", "own", "liger", "hub", "none"):
+            raise ValueError(f"kernel_backend={self.kernel_backend!r}: choose auto, own, liger, hub or none.")
+        if self.use_liger_kernel and self.kernel_backend not in ("auto", "liger"):
+            raise ValueError(
+                f"use_liger_kernel=True means kernel_backend='liger', but that is {self.kernel_backend!r}: set one."
+            )
+        if self.liger_kernel_config and not (self.use_liger_kernel or self.kernel_backend == "liger"):
+            raise ValueError("liger_kernel_config is given, but not kernel_backend='liger' (or use_liger_kernel).")
         if self.bf16 is None:
             # TRL turns bf16 on everywhere and lets machines without a bf16 GPU fail; there we train in fp32.
             self.bf16 = not self.fp16 and (self.use_cpu or is_torch_bf16_gpu_available())

@@ -21,7 +21,7 @@ LAYERS = [
     ["fastalign_kernels"],
     ["fastalign.data"],
     ["fastalign.config", "fastalign.config_groups", "fastalign.metrics", "fastalign.models", "fastalign.adapters"],
-    ["fastalign.logit_form", "fastalign.scoring_head", "fastalign.flat_attention"],
+    ["fastalign.logit_form", "fastalign.scoring_head", "fastalign.flat_attention", "fastalign.patch"],
     ["fastalign.policy_check", "fastalign.policy"],
     ["fastalign.loop"],
     ["fastalign.given_data", "fastalign.rollout", "fastalign.pairs", "fastalign.reference"],

@@ -47,6 +47,7 @@ SHOWN_BY = {
         dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order""",
     "test_batching.py::test_lengths_of_shuffled_and_plain_datasets": "length_column_name",
     "test_batching.py::test_unused_columns": "remove_unused_columns",
+    "test_patch.py::test_use_liger_kernel_means_ligers_layers": "use_liger_kernel liger_kernel_config",
     "test_fsdp_settings": "fsdp fsdp_config",
     "test_seeds_decide": "seed full_determinism",
     "test_folder_and_resume_field": "output_dir resume_from_checkpoint",
@@ -87,8 +88,6 @@ def test_the_tests_that_show_it_exist(test):
 
 
 ON = {
-    "use_liger_kernel": True,
-    "liger_kernel_config": {"rope": True},
     "enable_jit_checkpoint": True,
     "eval_use_gather_object": True,
     "deepspeed": {"zero_optimization": {"stage": 1}},
@@ -146,7 +145,7 @@ def test_defaults_are_those_of_trl(tmp_path):
 
     theirs = {field.name: field.default for field in dataclasses.fields(_BaseConfig)}
     for field in dataclasses.fields(AlignConfig):
-        assert field.name == "token_budget" or field.default == theirs[field.name], field.name
+        assert field.name in ("token_budget", "kernel_backend") or field.default == theirs[field.name], field.name
     assert AlignConfig(str(tmp_path), use_cpu=True).bf16 is True
     assert AlignConfig(str(tmp_path), use_cpu=True, bf16=False).bf16 is False
     assert AlignConfig(str(tmp_path), use_cpu=True, lr_scheduler_kwargs='{"a": 1}').lr_scheduler_kwargs == {"a": 1}

@@ -30,6 +30,7 @@ HONOURED: dict[str, str] = {
     "label_smoothing_factor label_names": "model_inputs",
     "bf16 fp16 torch_compile torch_compile_backend torch_compile_mode": "distributed (accelerate)",
     "bf16_full_eval fp16_full_eval": "evaluation",
+    "use_liger_kernel liger_kernel_config": "patch (Liger's layers; the loss stays with our head)",
     "gradient_checkpointing gradient_checkpointing_kwargs neftune_noise_alpha use_cache debug": "model_setup, Trainer",
     "logging_strategy logging_steps logging_first_step save_strategy save_steps": "DefaultFlowCallback",
     "eval_strategy eval_steps eval_delay": "DefaultFlowCallback",
@@ -53,8 +54,6 @@ HONOURED: dict[str, str] = {
 
 # field -> (value that switches it off, what to do instead)
 REFUSED: dict[str, tuple[object, str]] = {
-    "use_liger_kernel": (False, "fastalign brings its own kernels; set it to False"),
-    "liger_kernel_config": (None, "fastalign brings its own kernels; set it to None"),
     "enable_jit_checkpoint": (False, "use save_strategy='steps': a killed run resumes from the last checkpoint"),
     "eval_use_gather_object": (False, "predictions are padded to one shape and gathered as tensors"),
     "deepspeed": (None, "use FSDP2 (accelerate launch --use_fsdp --fsdp_version 2) or DDP"),

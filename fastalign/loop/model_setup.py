@@ -13,13 +13,15 @@ from transformers.debug_utils import DebugOption, DebugUnderflowOverflow
 from transformers.trainer_utils import align_special_tokens, unwrap_peft_model, validate_quantization_for_training
 
 from ..data.batch import TokenBatch
+from ..patch import use_kernel_backend
 
 
 def place_model(model: nn.Module, args, accelerator) -> nn.Module:
-    """Move `model` to the device, except where sharding, quantisation or a device map decides where it lives."""
+    """Move `model` to the device, except where sharding, quantisation or a device map decides; set its kernels."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module here, found {type(model).__name__}.")
     validate_quantization_for_training(model)
+    use_kernel_backend(model, args)
     placed_elsewhere = (
         len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
         or getattr(model, "is_loaded_in_8bit", False)

@@ -84,6 +84,7 @@ def _rms_norm_bwd_kernel(
     column = tl.arange(0, BLOCK)
     weight = wide(tl.load(weight_ptr + column, mask=column < D, other=0.0)) + OFFSET
     partial = tl.zeros((ROWS, BLOCK), tl.float32)
+    # the longest rows leave no registers for the weight: it is loaded again for each of them
     for tile_index in range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0)):
         row = tl.cast(tile_index, tl.int64) * ROWS + tl.arange(0, ROWS)
         inside = (row < num_rows)[:, None] & (column < D)[None, :]
@@ -96,6 +97,8 @@ def _rms_norm_bwd_kernel(
             if ROUND_FIRST:
                 scaled = wide(rounded(normed, x_ptr.dtype.element_ty))
             partial += grad * scaled
+        if BLOCK > 8192:
+            weight = wide(tl.load(weight_ptr + column, mask=column < D, other=0.0)) + OFFSET
         grad *= weight[None, :]
         result = rstd * (grad - normed * (tl.sum(grad * normed, axis=1) / D)[:, None])
         if HAS_SUM:
