@@ -8,7 +8,10 @@ from fastalign_kernels.head import (
     deferred,
     fused,
     linear_cross_entropy,
+    linear_divergence,
     linear_logprobs,
+    linear_policy_loss,
+    linear_topk_divergence,
     selective_log_softmax,
     stats,
 )
@@ -23,7 +26,10 @@ __all__ = [
     "deferred",
     "fused",
     "linear_cross_entropy",
+    "linear_divergence",
     "linear_logprobs",
+    "linear_policy_loss",
+    "linear_topk_divergence",
     "selective_log_softmax",
     "stats",
 ]

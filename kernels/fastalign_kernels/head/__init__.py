@@ -2,8 +2,10 @@
 
 from fastalign_kernels.head.cross_entropy import linear_cross_entropy
 from fastalign_kernels.head.deferred import deferred
+from fastalign_kernels.head.divergence import linear_divergence, linear_topk_divergence
 from fastalign_kernels.head.fused import fused
 from fastalign_kernels.head.logprobs import linear_logprobs, selective_log_softmax
+from fastalign_kernels.head.policy import linear_policy_loss
 from fastalign_kernels.head.stats import stats
 from fastalign_kernels.head.token_stats import OUTPUTS, LogitForm, TokenStats
 from fastalign_kernels.head.vocabulary_parallel import VocabularyShard
@@ -16,7 +18,10 @@ __all__ = [
     "deferred",
     "fused",
     "linear_cross_entropy",
+    "linear_divergence",
     "linear_logprobs",
+    "linear_policy_loss",
+    "linear_topk_divergence",
     "selective_log_softmax",
     "stats",
 ]
