@@ -6,12 +6,13 @@ import pytest
 import torch
 from fastalign_kernels.head import answers as answers_module
 from fastalign_kernels.head.preference import (
-    Reference,
+    ReferenceHead,
     linear_preference_loss,
     linear_preference_loss_reference,
     linear_unpaired_loss,
 )
 from fastalign_kernels.head.stats import stats
+from fastalign_kernels.head.token_stats import LogitForm
 from fastalign_kernels.losses.odds import cpo_loss, orpo_loss, tpo_loss
 from fastalign_kernels.losses.preference import PREFERENCE_LOSSES, preference_loss
 from fastalign_kernels.losses.sequences import row_sums
@@ -35,7 +36,7 @@ def problem(lengths=LENGTHS, dtype=torch.float64, seed=0):
 
 def reference_head(hidden, targets, dtype):
     """A frozen head of another width and its log-probabilities."""
-    head = Reference(torch.randn(len(targets), D + 3, dtype=dtype), torch.randn(V, D + 3, dtype=dtype) * 0.5)
+    head = ReferenceHead(torch.randn(len(targets), D + 3, dtype=dtype), torch.randn(V, D + 3, dtype=dtype) * 0.5)
     return head, stats(head.hidden, head.weight, targets).logp
 
 
@@ -162,6 +163,19 @@ def test_prompts_that_only_the_nll_sees():
     nll = -torch.cat([logp[:6], logp[8:13]]).mean()
     assert_same(found.loss, orpo_loss(chosen, rejected).losses.mean() + nll, (hidden, weight), (h, w), torch.float64)
     assert found.nll.item() == pytest.approx(nll.item()) and torch.allclose(found.chosen_logps, chosen.detach())
+
+
+def test_factors_of_the_head_and_temperatures_follow_the_tokens():
+    """u b^T is added to the logits as if u stood beside hidden; both, and temperatures, are given in any order."""
+    hidden, weight, targets, rows = problem([3, 2, 4, 1])
+    u, b = torch.randn(10, 3, dtype=torch.float64), torch.randn(V, 3, dtype=torch.float64)
+    temperature, order = torch.rand(10, dtype=torch.float64) + 0.5, (torch.arange(10) % 3).argsort(stable=True)
+    form = LogitForm(temperature=temperature[order])
+    settings = {"num_pairs": 2, "loss": "cpo", "form": form, "low_rank": (u[order], b), "chunk": 6}
+    found = linear_preference_loss(hidden.detach()[order], weight, targets[order], rows[order], **settings)
+    wide = torch.cat([hidden, u], 1) / temperature[:, None], torch.cat([weight, b], 1)
+    expected = linear_preference_loss_reference(*wide, targets, rows, num_pairs=2, fn=cpo_loss, nll_alpha=1.0)
+    assert_same(found.loss, expected, (weight,), (weight,), torch.float64)
 
 
 @pytest.mark.parametrize("chunk", [10, None])
@@ -308,8 +322,9 @@ def test_divisors_let_micro_batches_add_up():
         ({"ref_logps": None}, "without reference"),
         ({"ref_logps": torch.zeros(3)}, "one per answer"),
         ({"num_pairs": 4}, "allowed are 0 to 7"),
-        ({"reference": Reference(torch.zeros(1, 1), torch.zeros(1, 1))}, "both given"),
+        ({"reference": ReferenceHead(torch.zeros(1, 1), torch.zeros(1, 1))}, "both given"),
         ({"loss_type": "sigmod"}, "choose among sigmoid"),
+        ({"scored": torch.ones(3)}, "one per token"),
     ],
 )
 def test_errors(change, message):
@@ -321,5 +336,5 @@ def test_errors(change, message):
         linear_unpaired_loss(
             hidden, weight, targets, rows, torch.ones(10, dtype=torch.bool), ref_logps=torch.zeros(10)
         )
-    with pytest.raises(ValueError, match="one row number"):
+    with pytest.raises(ValueError, match="the answer of each token"):
         linear_preference_loss(hidden, weight, targets, rows[1:], **settings)

@@ -179,6 +179,8 @@ def test_sequences_by_hand():
     lengths = torch.tensor([2, 0, 1])
     logp = tensor(-1.0, -3.0, -2.0)
     assert row_sums(logp, lengths).tolist() == [-4.0, 0.0, -2.0]
+    with pytest.raises(ValueError, match="lengths add up to 3"):
+        row_sums(logp[:2], lengths)
     assert ld_weights(torch.tensor([0, 1, 2]), torch.tensor([2, 2, 2]), 0.25).tolist() == [1.0, 1.0, 0.25]
     weights = wpo_weights(logp, tensor(-1.0, -1.0, -3.0), lengths)
     assert weights.tolist() == pytest.approx([math.exp(-1), 1.0, math.e])

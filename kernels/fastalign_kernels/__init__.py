@@ -3,6 +3,7 @@
 from fastalign_kernels.head import (
     OUTPUTS,
     LogitForm,
+    ReferenceHead,
     TokenStats,
     VocabularyShard,
     deferred,
@@ -11,7 +12,9 @@ from fastalign_kernels.head import (
     linear_divergence,
     linear_logprobs,
     linear_policy_loss,
+    linear_preference_loss,
     linear_topk_divergence,
+    linear_unpaired_loss,
     selective_log_softmax,
     stats,
 )
@@ -21,6 +24,7 @@ __all__ = [
     "OUTPUTS",
     "LinearCrossEntropyLoss",
     "LogitForm",
+    "ReferenceHead",
     "TokenStats",
     "VocabularyShard",
     "deferred",
@@ -29,7 +33,9 @@ __all__ = [
     "linear_divergence",
     "linear_logprobs",
     "linear_policy_loss",
+    "linear_preference_loss",
     "linear_topk_divergence",
+    "linear_unpaired_loss",
     "selective_log_softmax",
     "stats",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,12 +24,16 @@ class Answers:
     """Tokens of G groups with `per_group` answers each, sorted group by group; answers are rows of the batch."""
 
     def __init__(
-        self, rows: Tensor, num_groups: int, per_group: int, blocks: bool, scored: Tensor | None, device: torch.device
+        self, hidden: Tensor, rows: Tensor, num_groups: int, per_group: int, blocks: bool, scored: Tensor | None
     ):
         num_rows = num_groups * per_group
-        rows = rows.cpu()
-        if rows.dim() != 1 or rows.dtype.is_floating_point:
-            raise ValueError(f"rows {tuple(rows.shape)} {rows.dtype}: give (N,) int64, each token's answer")
+        if rows.shape != hidden.shape[:1] or rows.dtype.is_floating_point:
+            raise ValueError(
+                f"rows {tuple(rows.shape)} {rows.dtype}: give ({hidden.shape[0]},) int64, the answer of each token"
+            )
+        if scored is not None and scored.shape != rows.shape:
+            raise ValueError(f"scored {tuple(scored.shape)}: give {tuple(rows.shape)}, one per token")
+        rows, device = rows.cpu(), hidden.device
         if rows.numel() and (int(rows.min()) < 0 or int(rows.max()) >= num_rows):
             raise ValueError(
                 f"rows hold {int(rows.min())} to {int(rows.max())}: allowed are 0 to {num_rows - 1}, "
@@ -111,35 +116,34 @@ def total_over_groups(
     objective: Objective,
     coupled: bool,
     outputs: Sequence[str],
-    bias: Tensor | None,
+    *,
     form: LogitForm,
     chunk: int | None,
+    low_rank: tuple[Tensor, Tensor] | None,
+    **head: Any,
 ) -> tuple[Tensor, list[Tensor], TokenStats]:
     """Loss with its graph, detached details over all groups, and detached statistics in the caller's order.
 
     The loss is the sum of the objective over spans of whole groups (`fused`). A `coupled` one sees all tokens at once,
     through `deferred` if they fill more than a chunk; so does any with a group longer than `LONGEST_GROUP` chunks.
     """
-    if targets.shape != answers.groups.shape or hidden.shape[:1] != targets.shape:
-        raise ValueError(
-            f"rows ({answers.groups.numel()},), targets {tuple(targets.shape)} and hidden {tuple(hidden.shape)}: "
-            "give one row number, one target and one hidden state per token"
-        )
     num_tokens, whole = targets.numel(), slice(0, targets.numel())
     temperature = form.temperature
     if isinstance(temperature, Tensor) and temperature.dim():
         form = LogitForm(form.scale, form.softcap, answers.sorted(temperature))
-    names = tuple(dict.fromkeys(outputs))
+    if low_rank is not None:
+        low_rank = answers.sorted(low_rank[0]), low_rank[1]
     tokens = (answers.sorted(hidden), weight, answers.sorted(targets))
+    head |= {"form": form, "low_rank": low_rank, "outputs": tuple(dict.fromkeys(outputs))}
     wide = hidden.is_cuda and hidden.dtype.itemsize == 2
     limit = chunk or chunk_size(weight.shape[0], 4 if wide else hidden.dtype.itemsize, hidden.device)
     if (coupled and num_tokens > limit) or answers.longest_group > LONGEST_GROUP * limit:
-        stats = deferred(*tokens, bias=bias, form=form, outputs=names, chunk=chunk)
+        stats = deferred(*tokens, chunk=chunk, **head)
         loss, details = objective(stats, whole)
     else:
         chunk = max(1, num_tokens) if coupled else chunk
         part = lambda stats, span: objective(stats, span)[0]  # noqa: E731
-        loss, stats = fused(*tokens, part, bias=bias, form=form, outputs=names, groups=answers.groups, chunk=chunk)
+        loss, stats = fused(*tokens, part, groups=answers.groups, chunk=chunk, **head)
         with torch.no_grad():
             details = objective(stats, whole)[1]
     return loss, [v.detach() for v in details], answers.unsorted(stats)

@@ -13,6 +13,7 @@ from fastalign_kernels.head.answers import Answers, total_over_groups
 from fastalign_kernels.head.products import as_one_op
 from fastalign_kernels.head.stats import stats as head_stats
 from fastalign_kernels.head.token_stats import LogitForm, TokenStats
+from fastalign_kernels.head.vocabulary_parallel import VocabularyShard
 from fastalign_kernels.losses.odds import cpo_loss, orpo_loss, tpo_loss
 from fastalign_kernels.losses.preference import COUPLE_PAIRS, PairLosses, preference_loss
 from fastalign_kernels.losses.sequences import row_sums, wpo_weights
@@ -22,7 +23,7 @@ PairFunction = Callable[..., "PairLosses | Tensor"]
 
 
 @dataclass(frozen=True)
-class Reference:
+class ReferenceHead:
     """A frozen head that log-probabilities of the reference come from: one product, no gradient."""
 
     hidden: Tensor  # (N, D'), the tokens of the policy's hidden states in the same order
@@ -70,9 +71,10 @@ class UnpairedResult:
 def _reference_logps(
     answers: Answers,
     ref_logps: Tensor | None,
-    reference: Reference | None,
+    reference: ReferenceHead | None,
     targets: Tensor,
     chunk: int | None,
+    shard: VocabularyShard | None,
     average: bool,
 ) -> Tensor | None:
     """(R,) log-probabilities of the reference in the order of groups, given or from its head."""
@@ -84,9 +86,8 @@ def _reference_logps(
         return answers.to_groups(ref_logps.detach().to(answers.counts.device))
     if reference is None:
         return None
-    found = head_stats(
-        reference.hidden, reference.weight, targets, bias=reference.bias, form=reference.form, chunk=chunk
-    )
+    head = {"bias": reference.bias, "form": reference.form, "chunk": chunk, "shard": shard}
+    found = head_stats(reference.hidden, reference.weight, targets, **head)
     return answers.logps(answers.sorted(found.logp), slice(None), slice(None), average)
 
 
@@ -210,7 +211,7 @@ def linear_preference_loss(
     loss: str | PairFunction = "dpo",
     layout: Literal["pairs", "blocks"] = "pairs",
     ref_logps: Tensor | None = None,
-    reference: Reference | None = None,
+    reference: ReferenceHead | None = None,
     scored: Tensor | None = None,
     ld_alpha: float | None = None,
     use_weighting: bool = False,
@@ -223,6 +224,8 @@ def linear_preference_loss(
     form: LogitForm = LogitForm(),  # noqa: B008 (frozen)
     outputs: Sequence[str] = (),
     chunk: int | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
+    shard: VocabularyShard | None = None,
     **settings: Any,
 ) -> PreferenceResult:
     """Loss of `num_pairs` B pairs: hidden (N, D) of scored positions, weight (V, D), targets (N,), rows (N,) int64.
@@ -235,13 +238,13 @@ def linear_preference_loss(
     `loss`: "dpo" (`preference_loss`; needs the reference), "cpo", "orpo", "tpo", or fn(chosen_logps, rejected_logps
     [, ref_chosen_logps, ref_rejected_logps], **settings) of (b,) tensors of any part of the pairs (of all, where
     `couples_pairs`), which returns losses (b,) or `PairLosses`. `settings` go to the loss: loss_type, beta, ...
-    The reference: `ref_logps`, one per answer in the numbering of rows, or a `Reference`.
+    The reference: `ref_logps`, one per answer in the numbering of rows, or a `ReferenceHead`.
 
     loss = sum of losses / pair_divisor (B) + nll_alpha * NLL / nll_divisor (its tokens), NLL over all tokens of the
     chosen answers (TPO: gold answers); nll_alpha is 1 for cpo, orpo, tpo and 0 for alphapo and others where not given.
     `scored` (N,) bool: false for tokens that only the NLL sees (ORPO: the chosen prompts). `ld_alpha`: LD-DPO.
     `use_weighting`: WPO. `average_log_prob`: token means, by default where the method has them. `outputs` are further
-    statistics to return, such as entropy, mean_logit, top1.
+    statistics to return, such as entropy, mean_logit, top1. `low_rank` and `shard` (also of the reference): `fused`.
 
     Three products where pairs fit into chunks; four, through `deferred`, for losses that couple pairs of several
     chunks (aot, aot_unpaired) and for a pair of more than two chunks. Raises ValueError.
@@ -255,12 +258,12 @@ def linear_preference_loss(
         nll_alpha = 0.0 if loss not in ("cpo", "orpo", "tpo") or types == ["alphapo"] else 1.0
     average = _takes_means(loss, types) if average_log_prob is None else average_log_prob
     per_pair, nll_answer = (3, 2) if loss == "tpo" and nll_alpha else (2, 0)
-    answers = Answers(rows, num_pairs, per_pair, layout == "blocks", scored, hidden.device)
+    answers = Answers(hidden, rows, num_pairs, per_pair, layout == "blocks", scored)
     if ld_alpha is not None:
         answers.fade_tails(ld_alpha)
-    known = _reference_logps(answers, ref_logps, reference, targets, chunk, average)
+    known = _reference_logps(answers, ref_logps, reference, targets, chunk, shard, average)
     if loss == "dpo" and known is None:
-        raise ValueError("loss='dpo' without reference: give ref_logps, one per answer, or a Reference")
+        raise ValueError("loss='dpo' without reference: give ref_logps, one per answer, or a ReferenceHead")
     if nll_divisor is None:
         nll_divisor = max(1, answers.num_tokens[:, nll_answer].sum().item())
     divisor = max(1, num_pairs) if pair_divisor is None else pair_divisor
@@ -268,9 +271,8 @@ def linear_preference_loss(
     objective = _PairObjective(answers, loss, settings, *args)
     names = ["logp", *(["log_sum_p2"] if use_weighting else []), *outputs]
     coupled = couples_pairs or (loss == "dpo" and not COUPLE_PAIRS.isdisjoint(types))
-    total, details, stats = total_over_groups(
-        hidden, weight, targets, answers, objective, coupled, names, bias, form, chunk
-    )
+    head = {"bias": bias, "form": form, "chunk": chunk, "low_rank": low_rank, "shard": shard}
+    total, details, stats = total_over_groups(hidden, weight, targets, answers, objective, coupled, names, **head)
     losses, chosen, rejected, chosen_rewards, rejected_rewards, *nll = details
     return PreferenceResult(total, losses, chosen, rejected, chosen_rewards, rejected_rewards, stats, *nll)
 
@@ -286,12 +288,14 @@ def linear_unpaired_loss(
     loss_type: Literal["kto", "apo_zero_unpaired", "bco"] = "kto",
     baseline: Tensor | Callable[[Tensor], Tensor] | None = None,
     ref_logps: Tensor | None = None,
-    reference: Reference | None = None,
+    reference: ReferenceHead | None = None,
     row_divisor: float | None = None,
     bias: Tensor | None = None,
     form: LogitForm = LogitForm(),  # noqa: B008 (frozen)
     outputs: Sequence[str] = (),
     chunk: int | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
+    shard: VocabularyShard | None = None,
     **settings: Any,
 ) -> UnpairedResult:
     """Loss of R answers with labels (R,) bool: hidden (N, D), weight (V, D), targets (N,), rows (N,) int64.
@@ -301,11 +305,11 @@ def linear_unpaired_loss(
     `running_mean`, a mean over ranks): then answers are coupled and several chunks cost a fourth product.
     `settings` go to `kto_loss` or `bco_loss`. The loss is the sum over answers / row_divisor (R). Raises ValueError.
     """
-    answers = Answers(rows, labels.numel(), 1, False, None, hidden.device)
-    known = _reference_logps(answers, ref_logps, reference, targets, chunk, False)
+    answers = Answers(hidden, rows, labels.numel(), 1, False, None)
+    known = _reference_logps(answers, ref_logps, reference, targets, chunk, shard, False)
     if known is None or (baseline is None and loss_type != "apo_zero_unpaired"):
         raise ValueError(
-            f"loss_type={loss_type!r} without reference or baseline: give ref_logps or a Reference, and z"
+            f"loss_type={loss_type!r} without reference or baseline: give ref_logps or a ReferenceHead, and z"
         )
     labels = labels.to(hidden.device, torch.bool)
     weights = settings.pop("undesirable_weights", None)
@@ -325,9 +329,9 @@ def linear_unpaired_loss(
             losses, rewards = kto_loss(logps, known[part], labels[part], shift, loss_type=loss_type, **settings)
         return losses.sum() / divisor, [losses, logps, rewards]
 
-    total, details, stats = total_over_groups(
-        hidden, weight, targets, answers, objective, callable(baseline), ["logp", *outputs], bias, form, chunk
-    )
+    names, coupled = ["logp", *outputs], callable(baseline)
+    head = {"bias": bias, "form": form, "chunk": chunk, "low_rank": low_rank, "shard": shard}
+    total, details, stats = total_over_groups(hidden, weight, targets, answers, objective, coupled, names, **head)
     losses, logps, rewards = details
     return UnpairedResult(total, losses, logps, rewards, shift, stats)
 

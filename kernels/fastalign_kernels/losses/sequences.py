@@ -11,7 +11,9 @@ from torch import Tensor
 
 def row_sums(values: Tensor, lengths: Tensor) -> Tensor:
     """(R,) sums of values (N,) over each sequence, in a fixed order; 0 for a sequence without tokens."""
-    return torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True)  # unsafe: skips checks that synchronise
+    if values.device.type == "cpu" and int(lengths.sum()) != values.shape[0]:  # elsewhere this would synchronise
+        raise ValueError(f"lengths add up to {int(lengths.sum())}: give those of all {values.shape[0]} tokens")
+    return torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True)
 
 
 def ld_weights(position: Tensor, shared_length: Tensor, ld_alpha: float) -> Tensor:
