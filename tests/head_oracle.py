@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-NAMES = ("logp", "entropy", "mean_logp", "mean_logit", "log_sum_p2")  # the differentiable statistics
+NAMES = ("logp", "entropy", "mean_logp", "mean_logit", "log_sum_p2")  # what row kernels differentiate
+DIFFERENTIABLE = (*NAMES, "lse")  # the differentiable statistics
 
 
 def oracle_stats(hidden, weight, targets, bias=None, *, scale=1.0, softcap=None, temperature=1.0) -> dict[str, Tensor]:
@@ -20,6 +21,7 @@ def oracle_stats(hidden, weight, targets, bias=None, *, scale=1.0, softcap=None,
         "mean_logp": logp_all.mean(-1),
         "mean_logit": z.mean(-1),
         "log_sum_p2": torch.logsumexp(2 * logp_all, dim=-1),
+        "lse": torch.logsumexp(z, dim=-1),
     }
 
 
@@ -29,4 +31,4 @@ def leaves(*tensors, dtype=torch.float64):
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    return float((found.double() - expected).norm() / expected.norm().clamp_min(1e-30))
+    return float((found.detach().double() - expected.detach()).norm() / expected.detach().norm().clamp_min(1e-30))

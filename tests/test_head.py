@@ -4,7 +4,8 @@ import fastalign_kernels as fk
 import pytest
 import torch
 from fastalign_kernels import LogitForm
-from head_oracle import NAMES, leaves, oracle_stats, relative_error
+from head_oracle import DIFFERENTIABLE as NAMES
+from head_oracle import leaves, oracle_stats, relative_error
 from tolerances import GRADIENTS, STATISTICS
 
 N, D, V = 45, 24, 173
@@ -100,7 +101,9 @@ def test_gradients_match_oracle(kernels, mode, name, dtype):
         assert relative_error(value.grad, 0.37 * reference) < GRADIENTS[dtype]
 
 
-@pytest.mark.parametrize("outputs", [("logp",), ("entropy",), ("mean_logp",), ("mean_logit", "log_sum_p2"), ("top1",)])
+@pytest.mark.parametrize(
+    "outputs", [("logp",), ("entropy",), ("mean_logp",), ("mean_logit", "log_sum_p2"), ("top1",), ("lse",)]
+)
 @pytest.mark.parametrize("mode", ["fused", "deferred"])
 def test_each_output_alone(kernels, mode, outputs):
     hidden, weight, _, targets = problem(with_bias=False)
@@ -121,27 +124,18 @@ def test_each_output_alone(kernels, mode, outputs):
 @pytest.mark.parametrize("mode", ["fused", "deferred"])
 def test_gradcheck(mode):
     hidden, weight, bias, targets = problem(torch.float64, n=5)
-    hidden, weight, bias = hidden[:, :6], weight[:11, :6], bias[:11]
-    hidden, weight, bias = leaves(hidden, weight, bias)
+    inputs = leaves(hidden[:, :6], weight[:11, :6], bias[:11], torch.randn(5, 2), torch.randn(11, 2))
     targets, coef = targets % 11, coefficients(5)
     form = LogitForm(0.8, 3.0, torch.linspace(0.6, 1.4, 5, dtype=torch.float64))
 
-    def op(h, w, b):
+    def op(h, w, b, *low):
+        options = {"bias": b, "form": form, "outputs": fk.OUTPUTS, "chunk": 2, "low_rank": low}
         if mode == "fused":
-            return fk.fused(
-                h,
-                w,
-                targets,
-                lambda s, span: weighted(s, coef, span),
-                bias=b,
-                form=form,
-                outputs=fk.OUTPUTS,
-                chunk=2,
-            )[0]
-        found = fk.deferred(h, w, targets, bias=b, form=form, outputs=fk.OUTPUTS, chunk=2)
+            return fk.fused(h, w, targets, lambda s, span: weighted(s, coef, span), **options)[0]
+        found = fk.deferred(h, w, targets, **options)
         return tuple(getattr(found, name) for name in NAMES)
 
-    assert torch.autograd.gradcheck(op, (hidden, weight, bias))
+    assert torch.autograd.gradcheck(op, inputs)
 
 
 @pytest.mark.parametrize("mode", ["fused", "deferred"])
@@ -201,18 +195,66 @@ def test_frozen_inputs_get_no_gradient(kernels, mode, frozen):
             assert relative_error(value.grad, expected[name].grad) < GRADIENTS[torch.float32]
 
 
-def test_weight_that_is_computed():
-    """Low-rank adapters on the head: the weight is a result, not a leaf."""
-    hidden, weight, _, targets = problem(torch.float64, with_bias=False)
-    low = torch.randn(V, 3, dtype=torch.float64, requires_grad=True)
-    h2 = torch.randn(N, 3, dtype=torch.float64)
-    wide_hidden, wide_weight = torch.cat([hidden, h2], 1), torch.cat([weight.detach(), low * 0.5], 1)
-    loss, _ = fk.fused(wide_hidden, wide_weight, targets, lambda s, _: s.logp.sum())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.float16])
+@pytest.mark.parametrize("mode", ["fused", "deferred"])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_low_rank_operand(kernels, mode, dtype, frozen):
+    """LoRA on the head: u b^T is added to the logits; each factor gets its gradient, a frozen weight none."""
+    hidden, weight, bias, targets = problem(dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32  # an adapter in fp32 on a head in bf16
+    u, b = torch.randn(N, 3).to(dtype).requires_grad_(), (torch.randn(V, 3) * 0.3).to(wide).requires_grad_()
+    weight.requires_grad_(not frozen)
+    coef = coefficients()
+    options = {"bias": bias, "form": LogitForm(1.2, 8.0), "outputs": fk.OUTPUTS, "chunk": 16, "low_rank": (u, b)}
+    exact = leaves(hidden, weight, bias, u, b.to(dtype))
+    factors = torch.cat([exact[0], exact[3]], 1), torch.cat([exact[1], exact[4]], 1)
+    expected = oracle_stats(*factors, targets, exact[2], scale=1.2, softcap=8.0)
+    weighted(fk.TokenStats(**expected), coef).backward()
+    if mode == "fused":
+        loss, stats = fk.fused(hidden, weight, targets, lambda s, span: weighted(s, coef, span), **options)
+    else:
+        stats = fk.deferred(hidden, weight, targets, **options)
+        loss = weighted(stats, coef)
+    assert (stats.logp.double() - expected["logp"]).abs().max() < STATISTICS[dtype]
+    scored = fk.stats(hidden, weight, targets, **options)
+    assert torch.equal(scored.logp, stats.logp.detach())
     loss.backward()
-    h, a = leaves(hidden, low)
-    z = h @ weight.detach().t() + h2 @ (0.5 * a).t()
-    torch.log_softmax(z, -1)[torch.arange(N), targets].sum().backward()
-    assert relative_error(hidden.grad, h.grad) < 1e-12 and relative_error(low.grad, a.grad) < 1e-12
+    for value, reference in zip((hidden, weight, bias, u, b), exact, strict=True):
+        if value is weight and frozen:
+            assert weight.grad is None
+        else:
+            assert value.grad.dtype == value.dtype
+            assert relative_error(value.grad, reference.grad) < GRADIENTS[dtype]
+
+
+@pytest.mark.parametrize("mode", ["fused", "deferred"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.float16])
+@pytest.mark.parametrize("main_dtype", [torch.float32, torch.float64])
+def test_weight_gradient_goes_to_main_grad(mode, dtype, main_dtype):
+    """Added in fp32 to what is there, scaled by the loss's gradient; the parameter's own gradient stays None."""
+    hidden, weight, _, targets = problem(dtype, with_bias=False)
+    weight = torch.nn.Parameter(weight.detach())
+    start = torch.randn(V, D)
+    weight.main_grad = start.to(main_dtype, copy=True)
+    h, w = leaves(hidden, weight)
+    (-3 * oracle_stats(h, w, targets)["logp"].sum()).backward()
+    for _ in range(2):
+        if mode == "fused":
+            loss = fk.fused(hidden, weight, targets, lambda s, _: -s.logp.sum(), chunk=9)[0]
+        else:
+            loss = -fk.deferred(hidden, weight, targets, chunk=9).logp.sum()
+        (3 * loss).backward()
+    assert weight.grad is None and weight.main_grad.dtype == main_dtype
+    assert relative_error(weight.main_grad - start, 2 * w.grad) < GRADIENTS[dtype] + 1e-6
+    assert relative_error(hidden.grad, 2 * h.grad) < GRADIENTS[dtype]
+    fk.stats(hidden, weight, targets)
+    weight.requires_grad_(False)  # frozen: nothing is added
+    before = weight.main_grad.clone()
+    fk.fused(hidden, weight, targets, lambda s, _: -s.logp.sum())[0].backward()
+    assert torch.equal(weight.main_grad, before)
+    weight.requires_grad_().main_grad = torch.zeros(V * D)
+    with pytest.raises(ValueError, match=r"main_grad \(4152,\): give \(173, 24\)"):
+        fk.fused(hidden, weight, targets, lambda s, _: -s.logp.sum())
 
 
 def test_weight_in_another_dtype():
@@ -356,6 +398,7 @@ def test_compiled_callers_get_the_same_gradients():
         ({"form": LogitForm(temperature=0.0)}, "temperature"),
         ({"form": LogitForm(temperature=torch.ones(N + 1))}, "temperature"),
         ({"chunk": 0}, "chunk=0"),
+        ({"low_rank": (torch.zeros(N, 2), torch.zeros(V, 3))}, "with the same r"),
     ],
 )
 def test_errors_name_what_is_wrong(change, message):

@@ -47,7 +47,7 @@ class _TokenLosses:
             loss = dft_loss(stats.logp) if self.dft else nll(stats.logp)
         if self.by_token is not None and self.class_weights is not None:
             loss = self.by_token[span] * loss
-            if self.label_smoothing:  # sum_v w_v log p_v = column_term - lse sum_v w_v
+            if self.label_smoothing and stats.lse is not None:  # sum_v w_v log p_v = column_term - lse sum_v w_v
                 share = self.label_smoothing / len(self.class_weights)
                 loss = (1 - self.label_smoothing) * loss + share * self.class_weights.sum() * stats.lse
         loss = loss / self.divisor

@@ -103,7 +103,7 @@ class HeadGradients:
             raise ValueError(f"weight.main_grad {tuple(main_grad.shape)}: give {tuple(head.weight.shape)}, as weight")
         few = len(head.spans) <= BF16_SUM_CHUNKS and head.hidden.device.type == "cpu" and main_grad is None
         narrow = few and dtype == weight_dtype == torch.bfloat16
-        sum_dtype = dtype if narrow else head.stats_dtype
+        sum_dtype = torch.bfloat16 if narrow else head.stats_dtype
         self._main_grad = main_grad if needs[1] else None
         into = main_grad if direct and main_grad is not None and main_grad.dtype == sum_dtype else None
         self._main = FactorGradients((head.hidden, head.weight), needs[:2], sum_dtype, head.wide_products, into)

@@ -62,9 +62,9 @@ class VocabularyShard:
         e = shift.exp()
         sums = {"total": e, "logp": torch.where(here, stats.logp + shift, 0.0)}
         if stats.entropy is not None:
-            sums["entropy"] = torch.where(e > 0, e * (stats.entropy - shift), 0.0)
+            sums["entropy"] = e * (stats.entropy - shift)
         if stats.log_sum_p2 is not None:
-            sums["squares"] = torch.where(e > 0, e.square() * stats.log_sum_p2.exp(), 0.0)
+            sums["squares"] = e.square() * stats.log_sum_p2.exp()
         if stats.mean_logit is not None:
             sums["mean"] = stats.mean_logit * share
         elif stats.mean_logp is not None:
