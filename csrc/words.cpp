@@ -41,9 +41,9 @@ struct Word {
     uint64_t hash;
     size_t key, key_size;        // bytes of keys_
     size_t first = 0, size = 0;  // tokens of ids_
-    int64_t edges = -1;          // where its tokens start in edges_; -1: not asked for
+    size_t edges = 0;            // where its tokens start in edges_
     int64_t num_chars = 0;
-    bool known = false;
+    int known = 0;               // 1: its tokens, 2: their edges too; from when they are asked for
 };
 
 class WordTable {
@@ -123,11 +123,10 @@ private:
         slots_.assign(1 << 12, -1);
         for (const auto& [text, id] : cutting_) {  // their words are the first ones, in this order
             Word& word = words_[find(text)];
-            word.first = ids_.size(), word.size = 1, word.known = true, word.edges = edges_.size();
+            word.first = ids_.size(), word.size = 1, word.edges = edges_.size(), word.known = 2;
             ids_.push_back(id);
             edges_.push_back({0, static_cast<int32_t>(word.num_chars)});
         }
-        unknown_.clear();
     }
 
     size_t bytes() const {
@@ -166,9 +165,8 @@ private:
     void push(std::string_view key, bool edges) {
         const size_t index = find(key);
         Word& word = words_[index];
-        if (!word.known || (edges && word.edges < 0)) {
-            word.known = true, word.edges = 0;  // asked for, so that it is asked for once
-            if (!edges) word.edges = -1;
+        if (word.known < 1 + edges) {
+            word.known = 1 + edges;
             unknown_.push_back(index);
         }
         sequence_.push_back(static_cast<uint32_t>(index));
@@ -230,8 +228,7 @@ private:
             const int64_t total = std::accumulate(counts.data(), counts.data() + counts.size(), int64_t{0});
             if (static_cast<size_t>(counts.size()) != unknown_.size() || total != ids.size())
                 throw std::invalid_argument("the answer must have a count for each word, and as many ids");
-            size_t first = ids_.size();
-            int64_t first_edge = static_cast<int64_t>(edges_.size());
+            size_t first = ids_.size(), first_edge = edges_.size();
             ids_.insert(ids_.end(), ids.data(), ids.data() + ids.size());
             if (edges) {
                 const auto found = answer[2].cast<Ids>();
@@ -240,13 +237,12 @@ private:
             }
             for (size_t i = 0; i < unknown_.size(); ++i) {
                 Word& word = words_[unknown_[i]];
-                word.first = first, word.size = static_cast<size_t>(counts.data()[i]);
-                word.edges = edges ? first_edge : -1;
-                first += word.size, first_edge += counts.data()[i];
+                word.first = first, word.edges = first_edge, word.size = static_cast<size_t>(counts.data()[i]);
+                first += word.size, first_edge += word.size;
             }
             unknown_.clear();
         } catch (...) {
-            clear();
+            clear();  // the words that were asked for are not known
             throw;
         }
     }

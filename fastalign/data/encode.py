@@ -183,14 +183,13 @@ class Encoder:
             alone, wholes = self.texts(prompts), [self.texts(column) for column in columns]
         elif marks or not self.is_fast:
             alone, _ = self.conversations(prompts, settings, generation_prompt=True)
-            wholes, masks = zip(
-                *(self.conversations(column, settings, marks=marks) for column in columns), strict=True
-            )
+            pairs = [self.conversations(column, settings, marks=marks) for column in columns]
+            wholes, masks = [tokens for tokens, _ in pairs], [mask for _, mask in pairs]
         else:
             alone, *wholes = self._prompts_and_wholes(prompts, columns, settings)
         lengths = [common_prefix_lengths(alone, whole) for whole in wholes]
         self._warn_of_seams(alone, lengths)
-        return Completions(alone, [*wholes], lengths, [*masks] if marks and not is_text else None)
+        return Completions(alone, wholes, lengths, masks if marks and not is_text else None)
 
     def _prompts_and_wholes(self, prompts, columns, settings) -> list[Tokens]:
         """Prompts and columns of conversations that begin with them, so that a prompt need be encoded once only."""
