@@ -104,7 +104,7 @@ def _cross_entropy(
             chunk=chunk,
         )
         grads = iter(torch.autograd.grad(loss, leaves) if leaves else ())
-    return loss.detach(), *(next(grads) if needed else hidden.new_empty(0) for needed in needs)  # pyright: ignore
+    return loss.detach(), *(next(grads).contiguous() if needed else hidden.new_empty(0) for needed in needs)  # pyright: ignore
 
 
 @_cross_entropy.register_fake

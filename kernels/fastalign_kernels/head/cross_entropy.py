@@ -59,12 +59,13 @@ class _TokenLosses:
         """(N,) sum over the columns of class weight times logit, from W^T w: a linear function of the hidden state."""
         assert self.class_weights is not None
         w, dtype = self.class_weights, scored.hidden.dtype
-        total = (scored.hidden @ (weight.to(dtype).t() @ w.to(dtype))).to(w.dtype)
+        row = w.to(dtype).unsqueeze(0)
+        total = (scored.hidden @ (row @ weight.to(dtype)).t()).squeeze(1).to(w.dtype)
         if bias is not None:
             total = total + bias.to(w.dtype) @ w
         if scored.low_rank is not None:
             u, b = scored.low_rank
-            total = total + (u.to(dtype) @ (b.to(dtype).t() @ w.to(dtype))).to(w.dtype)
+            total = total + (u.to(dtype) @ (row @ b.to(dtype)).t()).squeeze(1).to(w.dtype)
         temperature = scored.form.temperature
         return total * scored.form.scale / (temperature.detach() if isinstance(temperature, Tensor) else temperature)
 

@@ -1,0 +1,101 @@
+"""The operators of torch.library: opcheck, and whole graphs whose results equal those of the plain functions."""
+
+import fastalign_kernels as fk
+import pytest
+import torch
+from fastalign_kernels import custom_ops
+from head_oracle import relative_error
+from torch.library import opcheck
+
+B, L, D, V = 2, 7, 8, 29
+
+
+def problem(dtype=torch.float64, needs=(True, True, True)):
+    shapes = (B, L, D), (V, D), (V,)
+    inputs = [torch.randn(s).to(dtype).requires_grad_(need) for s, need in zip(shapes, needs, strict=True)]
+    targets = torch.randint(V, (B, L))
+    targets[0, 2:4] = -100
+    return *inputs, targets
+
+
+@pytest.mark.parametrize("needs", [[True, True, True], [True, False, False], [False, False, False]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck_of_cross_entropy(needs, dtype):
+    hidden, weight, bias, targets = problem(dtype, needs)
+    plain = (-100, "mean", 0.0, 0.0, False, 1.0, None, 1.0, None, None)
+    opcheck(torch.ops.fastalign.linear_cross_entropy.default, (hidden, weight, targets, bias, None, needs, *plain))
+    rich = (-100, "sum", 0.1, 0.01, False, 0.5, None, 1.0, torch.rand(B, L) + 0.5, 4)
+    arguments = (hidden, weight, targets, None, torch.rand(V), [*needs[:2], False], *rich)
+    opcheck(torch.ops.fastalign.linear_cross_entropy.default, arguments)
+
+
+@pytest.mark.parametrize("needs", [[True, True, True], [True, False, False], [False, False, False]])
+@pytest.mark.parametrize("entropy", [True, False])
+def test_opcheck_of_logprobs(needs, entropy):
+    hidden, weight, bias, targets = problem(torch.float32, needs)
+    settings = (entropy, -100, 0.7, 5.0, 1.0, torch.rand(B, L) + 0.5, 4)
+    opcheck(torch.ops.fastalign.linear_logprobs.default, (hidden, weight, targets, bias, *settings))
+    settings = (entropy, None, 1.0, None, 1.3, None, None)
+    opcheck(torch.ops.fastalign.linear_logprobs.default, (hidden, weight, targets.clamp_min(0), None, *settings))
+    _, entropies, lse = custom_ops._logprobs(hidden.detach(), weight.detach(), targets.clamp_min(0), None, *settings)
+    arguments = (torch.randn(B, L), torch.randn(B, L) if entropy else None, hidden, weight, targets.clamp_min(0), None)
+    arguments = (*arguments, entropies, lse, [*needs[:2], False], *settings[1:])
+    detached = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments)
+    opcheck(torch.ops.fastalign.linear_logprobs_backward.default, detached)
+
+
+def cross_entropy(h, w, b, targets):
+    options = {"bias": b, "label_smoothing": 0.1, "z_loss": 0.02, "temperature": 1.4, "softcap": 9.0}
+    return 2 * fk.linear_cross_entropy(torch.tanh(h), w * 1.5, targets, **options)
+
+
+def weighted_cross_entropy(h, w, b, targets):
+    weights, temperature = torch.linspace(0, 1, V, dtype=h.dtype), torch.linspace(0.5, 1.5, B * L).view(B, L)
+    options = {"bias": b, "class_weights": weights, "label_smoothing": 0.2, "reduction": "sum"}
+    return fk.linear_cross_entropy(h, w, targets, temperature=temperature, **options)
+
+
+def dft(h, w, b, targets):
+    return fk.linear_cross_entropy(h, w, targets, bias=b, dft=True)
+
+
+def logprobs(h, w, b, targets):
+    return (fk.linear_logprobs(torch.tanh(h), w, targets, bias=b, temperature=0.8).exp() * 3).sum()
+
+
+def logprobs_and_entropy(h, w, b, targets):
+    logp, entropy = fk.linear_logprobs(h, w, targets, bias=b, entropy=True, softcap=4.0, logit_scale=1.2)
+    return (logp * entropy).sum() + entropy.square().sum()
+
+
+def module(h, w, b, targets):
+    return fk.LinearCrossEntropyLoss(label_smoothing=0.1)(h, w, targets, b)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [cross_entropy, weighted_cross_entropy, dft, logprobs, logprobs_and_entropy, module],
+    ids=lambda f: f.__name__,
+)
+@pytest.mark.parametrize("needs", [(True, True, True), (True, False, False)])
+def test_one_graph_gives_the_same(step, needs):
+    *inputs, targets = problem(needs=needs)
+    wanted = [t for t in inputs if t.requires_grad]
+    torch._dynamo.reset()
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    expected, found = step(*inputs, targets), compiled(*inputs, targets)
+    assert float((found - expected).detach().abs()) < 1e-12
+    grads = torch.autograd.grad(found * 0.3, wanted)
+    for grad, reference in zip(grads, torch.autograd.grad(expected * 0.3, wanted), strict=True):
+        assert relative_error(grad, reference) < 1e-12
+    with torch.no_grad():
+        assert float((compiled(*inputs, targets) - expected).abs()) < 1e-12
+
+
+def test_no_reduction_in_a_graph_is_refused_with_the_way_out():
+    *inputs, targets = problem()
+    compiled = torch.compile(
+        lambda h, w: fk.linear_cross_entropy(h, w, targets, reduction="none"), backend="aot_eager", fullgraph=True
+    )
+    with pytest.raises(Exception, match="use linear_logprobs there"):
+        compiled(*inputs[:2])
