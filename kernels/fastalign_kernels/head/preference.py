@@ -237,11 +237,12 @@ def linear_preference_loss(
 
     `loss`: "dpo" (`preference_loss`; needs the reference), "cpo", "orpo", "tpo", or fn(chosen_logps, rejected_logps
     [, ref_chosen_logps, ref_rejected_logps], **settings) of (b,) tensors of any part of the pairs (of all, where
-    `couples_pairs`), which returns losses (b,) or `PairLosses`. `settings` go to the loss: loss_type, beta, ...
-    The reference: `ref_logps`, one per answer in the numbering of rows, or a `ReferenceHead`.
+    `couples_pairs`), without side effects, which returns losses (b,) or `PairLosses`. `settings` go to the loss:
+    loss_type, beta, ... The reference: `ref_logps`, one per answer as rows number them, or a `ReferenceHead`.
 
     loss = sum of losses / pair_divisor (B) + nll_alpha * NLL / nll_divisor (its tokens), NLL over all tokens of the
-    chosen answers (TPO: gold answers); nll_alpha is 1 for cpo, orpo, tpo and 0 for alphapo and others where not given.
+    chosen answers (TPO: gold answers). nll_alpha (TRL's rpo_alpha, cpo_alpha, tpo_alpha) is 1 by default for cpo, orpo
+    and tpo, 0 for alphapo and all others.
     `scored` (N,) bool: false for tokens that only the NLL sees (ORPO: the chosen prompts). `ld_alpha`: LD-DPO.
     `use_weighting`: WPO. `average_log_prob`: token means, by default where the method has them. `outputs` are further
     statistics to return, such as entropy, mean_logit, top1. `low_rank` and `shard` (also of the reference): `fused`.

@@ -48,7 +48,7 @@ def kl_baseline(kl_logps: Tensor, ref_kl_logps: Tensor) -> Tensor:
 
     With several ranks, take the mean over ranks of `(kl_logps - ref_kl_logps).mean()` and clamp that.
     """
-    return (kl_logps - ref_kl_logps).detach().mean().clamp(min=0)
+    return ((kl_logps - ref_kl_logps).detach().sum() / max(1, kl_logps.numel())).clamp(min=0)
 
 
 def bco_loss(
