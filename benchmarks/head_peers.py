@@ -36,7 +36,8 @@ def _compiled() -> Callable:
     return torch.compile(_compiled_cross_entropy)
 
 
-def _trl_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def trl_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """TRL's per-token log-probabilities, differentiable."""
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
@@ -47,8 +48,8 @@ def _trl_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 def _trl_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     mask = targets != -100
     if hidden.is_cuda:
-        return -_trl_logps(hidden[mask], weight, targets[mask]).mean()
-    logps = _trl_logps(hidden, weight, targets.clamp(min=0))  # what TRL does where it has no Triton
+        return -trl_logps(hidden[mask], weight, targets[mask]).mean()
+    logps = trl_logps(hidden, weight, targets.clamp(min=0))  # what TRL does where it has no Triton
     return -logps.masked_fill(~mask, 0).sum() / mask.sum()
 
 
@@ -73,7 +74,7 @@ def _quack_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 _ALL = [
     Peer("torch", "torch", loss=_torch_op, tolerance=0.1),  # sums a 16-bit loss in 16 bits
     Peer("torch-compile", "torch", loss=lambda *inputs: _compiled()(*inputs)),
-    Peer("trl", "trl", loss=_trl_loss, logps=_trl_logps),
+    Peer("trl", "trl", loss=_trl_loss, logps=trl_logps),
     Peer("liger", "liger-kernel", loss=_liger_loss, needs_cuda=True),
     Peer("cce", "cut-cross-entropy", loss=_cce_loss, needs_cuda=True),
     Peer("quack", "quack-kernels", loss=_quack_loss, needs_cuda=True),

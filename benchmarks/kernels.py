@@ -14,6 +14,7 @@ import fastalign_kernels
 import torch
 import torch.nn.functional as F
 from head_peers import PEERS, peers
+from linear_losses import cases as linear_losses
 from measure import Case, Provider, Tensors, device, dtypes_of, parser_of, run_cases, shapes_of
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -116,6 +117,7 @@ def main() -> int:
         for dtype in dtypes_of(options):
             cases += [cross_entropy_cases(shape, dtype, masked) for masked in (0.0, 0.5)]
             cases.append(logps_case(shape, dtype))
+            cases += linear_losses(shape, dtype)
     return run_cases(cases, options)
 
 
