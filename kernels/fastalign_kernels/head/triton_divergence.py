@@ -1,10 +1,11 @@
 """The divergence of two rows of logits and its gradient in Triton: the equations of head/divergence.py.
 
 One program per row, fp32 inside. The first pass over both rows finds, per lane (16 bytes that a thread reads at a
-time) and then for the row, maxima and sums relative to them; for the two Kullback-Leibler divergences also
-c = sum_v e^(u_v - max u) (u_v - z_v) (reverse: the roles exchanged), since KL(q, p) = c / sum e^(u - max u) - lse_u
-+ lse_z. The Jensen-Shannon divergence needs both normalisers first: a second pass. The last pass writes the gradient
-over the student's logits; head/triton_rows.py says why that is safe where the gradient is narrower than they are.
+time) and then for the row, maxima M and sums S relative to them; for the two Kullback-Leibler divergences also
+c = sum_v e^(u_v - M_u) (u_v - M_u - z_v + M_z) (reverse: the roles exchanged), since KL(q, p) = c / S_u - log S_u
++ log S_z. Log-probabilities are z - M - log S, never z - lse: between confident rows p - q is small. The
+Jensen-Shannon divergence needs both normalisers first: a second pass. The last pass writes the gradient over the
+student's logits; head/triton_rows.py says why that is safe where the gradient is narrower than they are.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def _normalisers(
     student, teacher, vocabulary, inner_s, outer_s, inner_t, outer_t,
     KIND: tl.constexpr, CAPPED_S: tl.constexpr, CAPPED_T: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """lse of student and teacher, the student's entropy, and the divergence of KIND 0 and 1."""
+    """Largest logit and log of the sum relative to it, of student and teacher; entropy; divergence of KIND 0 and 1."""
     inside = (tl.arange(0, LANES) * K)[:, None] + tl.arange(0, K)[None, :]
     top_s = tl.full((LANES,), LOWEST, tl.float32)
     s = tl.zeros((LANES,), tl.float32)
@@ -64,32 +65,33 @@ def _normalisers(
         new_s, new_t = tl.maximum(top_s, tl.max(z, axis=1)), tl.maximum(top_t, tl.max(u, axis=1))
         delta, f = _shift(top_s, new_s)
         _, g = _shift(top_t, new_t)
+        apart = (top_t - new_t) - (top_s - new_s)
         d = z - new_s[:, None]
-        e = tl.exp2(d * LOG2_E)
-        h = tl.exp2((u - new_t[:, None]) * LOG2_E)
+        k = u - new_t[:, None]
+        e, h = tl.exp2(d * LOG2_E), tl.exp2(k * LOG2_E)
+        if KIND == 0:
+            c = (c + apart * t) * g + tl.sum(h * (k - d), axis=1)
+        elif KIND == 1:
+            c = (c - apart * s) * f + tl.sum(e * (d - k), axis=1)
         spread = (spread + delta * s) * f + tl.sum(e * d, axis=1)
         s = s * f + tl.sum(e, axis=1)
         t = t * g + tl.sum(h, axis=1)
-        if KIND == 0:
-            c = c * g + tl.sum(h * (u - z), axis=1)
-        elif KIND == 1:
-            c = c * f + tl.sum(e * (z - u), axis=1)
         top_s, top_t = new_s, new_t
     row_s, row_t = tl.max(top_s, axis=0), tl.max(top_t, axis=0)
     delta, f = _shift(top_s, row_s)
     _, g = _shift(top_t, row_t)
+    apart = (top_t - row_t) - (top_s - row_s)
     spread = tl.sum((spread + delta * s) * f, axis=0)
-    c = tl.sum(c * g, axis=0) if KIND == 0 else tl.sum(c * f, axis=0)
+    c = tl.sum((c + apart * t) * g, axis=0) if KIND == 0 else tl.sum((c - apart * s) * f, axis=0)
     s, t = tl.sum(s * f, axis=0), tl.sum(t * g, axis=0)
-    log_s = tl.log2(s) * LN_2
-    lse_s, lse_t = row_s + log_s, row_t + tl.log2(t) * LN_2
-    value = c / t - lse_t + lse_s if KIND == 0 else c / s - lse_s + lse_t
-    return lse_s, lse_t, log_s - spread / s, value
+    log_s, log_t = tl.log2(s) * LN_2, tl.log2(t) * LN_2
+    value = c / t - log_t + log_s if KIND == 0 else c / s - log_s + log_t
+    return row_s, log_s, row_t, log_t, log_s - spread / s, value
 
 
 @triton.jit
 def _mixture_sums(
-    student, teacher, vocabulary, inner_s, outer_s, inner_t, outer_t, lse_s, lse_t, log_beta, log_rest,
+    student, teacher, vocabulary, inner_s, outer_s, inner_t, outer_t, row_s, log_s, row_t, log_t, log_beta, log_rest,
     CAPPED_S: tl.constexpr, CAPPED_T: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """KL(p, m) and KL(q, m) of the mixture m."""
@@ -99,8 +101,8 @@ def _mixture_sums(
     for begin in range(0, vocabulary, LANES * K):
         at = begin + inside
         exists = at < vocabulary
-        log_p = _loaded(student, at, exists, inner_s, outer_s, CAPPED_S) - lse_s
-        log_q = _loaded(teacher, at, exists, inner_t, outer_t, CAPPED_T) - lse_t
+        log_p = _loaded(student, at, exists, inner_s, outer_s, CAPPED_S) - row_s - log_s
+        log_q = _loaded(teacher, at, exists, inner_t, outer_t, CAPPED_T) - row_t - log_t
         log_m = _log_sum(log_p + log_rest, log_q + log_beta)
         from_student += tl.sum(tl.exp2(log_p * LOG2_E) * (log_p - log_m), axis=1)
         from_teacher += tl.sum(tl.exp2(log_q * LOG2_E) * (log_q - log_m), axis=1)
@@ -123,7 +125,7 @@ def _row_divergence_kernel(
     )
     student = _row_start(logits, row, stride, ALIGNED)
     teacher = _row_start(teacher_logits, row, teacher_stride, ALIGNED)
-    lse_s, lse_t, entropy, value = _normalisers(
+    row_s, log_s, row_t, log_t, entropy, value = _normalisers(
         student, teacher, vocabulary, inner_s, outer_s, inner_t, outer_t, KIND, CAPPED_S, CAPPED_T, LANES, K
     )
     log_beta = tl.log2(tl.cast(beta, tl.float32)) * LN_2
@@ -132,8 +134,8 @@ def _row_divergence_kernel(
     if KIND == 2:
         share = 1 - tl.cast(beta, tl.float32)
         centre, from_teacher = _mixture_sums(
-            student, teacher, vocabulary, inner_s, outer_s, inner_t, outer_t, lse_s, lse_t, log_beta, log_rest,
-            CAPPED_S, CAPPED_T, LANES, K,
+            student, teacher, vocabulary, inner_s, outer_s, inner_t, outer_t, row_s, log_s, row_t, log_t,
+            log_beta, log_rest, CAPPED_S, CAPPED_T, LANES, K,
         )  # fmt: skip
         value = (1 - share) * from_teacher + share * centre
     tl.store(divergence_out + row, value)
@@ -151,8 +153,8 @@ def _row_divergence_kernel(
             if CAPPED_S:
                 capped = tanh(wide(tl.load(student + at, mask=exists, other=0.0)) * inner_s)
                 factor = slope * (1 - capped * capped)
-            log_p -= lse_s
-            log_q = _loaded(teacher, at, exists, inner_t, outer_t, CAPPED_T) - lse_t
+            log_p = log_p - row_s - log_s
+            log_q = _loaded(teacher, at, exists, inner_t, outer_t, CAPPED_T) - row_t - log_t
             p = tl.exp2(log_p * LOG2_E)
             if KIND == 0:
                 grad = p - tl.exp2(log_q * LOG2_E)

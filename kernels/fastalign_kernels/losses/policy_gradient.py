@@ -14,7 +14,7 @@ is a plain sum over tokens: any cut of the batch gives it exactly, unless L_t it
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -90,9 +90,7 @@ class PolicyTokens:
 
     def slice(self, span: slice) -> PolicyTokens:
         """The same of a span of tokens."""
-        return PolicyTokens(
-            **{f.name: None if (v := getattr(self, f.name)) is None else v[span] for f in fields(self)}
-        )
+        return PolicyTokens(**{f.name: v[span] for f in fields(self) if (v := getattr(self, f.name)) is not None})
 
 
 @dataclass
@@ -110,9 +108,7 @@ class PolicyTerms:
     phi: Tensor | None = None  # vespo's weight of the row
 
     def detached(self) -> PolicyTerms:
-        return PolicyTerms(
-            **{f.name: None if (v := getattr(self, f.name)) is None else v.detach() for f in fields(self)}
-        )
+        return replace(self, loss=self.loss.detach())
 
 
 class _Case(NamedTuple):
