@@ -1,4 +1,4 @@
-"""Which form of the head runs: "rows" (BLAS and a row kernel) or "offset" (one Triton product with a long epilogue)."""
+"""Which form of the head runs: "rows" (BLAS and a row kernel) or "offset" (a Triton product with a long epilogue)."""
 
 from __future__ import annotations
 
@@ -33,4 +33,6 @@ def head_form(device: torch.device, dtype: torch.dtype, num_tokens: int, vocabul
         raise ValueError(f"FASTALIGN_HEAD={choice!r}: choose one of {', '.join(FORMS)}")
     if choice == "rows" or backend(device, dtype) != "triton":
         return "rows"
-    return choice if choice == "offset" else table_form(table_architecture(device), dtype, num_tokens, vocabulary, size)
+    return (
+        choice if choice == "offset" else table_form(table_architecture(device), dtype, num_tokens, vocabulary, size)
+    )

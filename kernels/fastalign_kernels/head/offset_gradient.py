@@ -5,8 +5,8 @@ With norm = exp(lse - o), p_v = E_v / norm, and the target's element, which the 
     (p_y - 1) norm = norm expm1(logp)          (-R where the offset is the target's logit)
 
 Where only a = dL/dlogp is given, dL/dm = u G, u_i = -a_i scale / (temperature_i norm_i) and G is E (times the
-soft-cap's derivative, if any) with that one element a row in its place. So dX = u (G W), dW = G^T (u X), dbias = G^T u:
-no pass over (N, V) besides the product's own write; `prepare_kernel` writes the element, u and u X.
+soft-cap's derivative, if any) with that one element a row in its place. So dX = u (G W), dW = G^T (u X) and
+dbias = G^T u: no pass over (N, V) besides the product's own write; `prepare_kernel` writes the element, u and u X.
 
 Else one pass in place turns E into dL/dm (`elementwise_kernel`; equations in `rows.py`), with log p_v = log E_v -
 log norm and the soft-cap's derivative from log E_v too: E is stored without it.

@@ -33,7 +33,8 @@ FLAG_SQUARES = tl.constexpr(2.0**55.0)  # the same where squares are summed: e^3
 @triton.jit
 def log1p(x):
     """log(1 + x) of fp32 x >= 0, relative error about 2e-7."""
-    series = x * (1 - x * (0.5 - x * (0.33333334 - x * (0.25 - x * 0.2))))
+    small = tl.minimum(x, 0.03)
+    series = small * (1 - small * (0.5 - small * (0.33333334 - small * (0.25 - small * 0.2))))
     return tl.where(x < 0.03, series, tl.log(1 + x))
 
 
@@ -70,6 +71,12 @@ def target_logits_kernel(
         by = tl.load(inverse + rows, mask=live, other=1.0)
     z, _ = _logits2(m, by, SCALE, SOFTCAP)
     tl.store(offsets + rows, z, mask=live)
+
+
+@triton.jit
+def _halves(x):
+    """The left and the right half of a tile."""
+    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
 
 
 @triton.jit
@@ -118,7 +125,7 @@ def score_product_kernel(
     """
     tiles_m = tl.cdiv(num_rows, BLOCK_M)
     tiles_n = tl.cdiv(vocabulary, BLOCK_N)
-    HALF: tl.constexpr = BLOCK_N // SPLIT
+    WIDTH: tl.constexpr = BLOCK_N // SPLIT
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=FLATTEN):
         # bands of GROUP tiles of rows sweep the vocabulary, so that tiles of the weight are met again in L2
         first = tile // (GROUP * tiles_n) * GROUP
@@ -155,13 +162,15 @@ def score_product_kernel(
         mean = tl.zeros((BLOCK_M,), tl.float32)
         squares = tl.zeros((BLOCK_M,), tl.float32)
         top = tl.full((BLOCK_M,), ABSENT, tl.float32)
-        if SPLIT == 2:  # half of the tile at a time needs fewer registers
-            parts = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
-        else:
+        if SPLIT == 1:
             parts = (acc,)
+        else:  # a part of the tile at a time needs fewer registers
+            parts = _halves(acc)
+            if SPLIT == 4:
+                parts = _halves(parts[0]) + _halves(parts[1])
         for part in tl.static_range(SPLIT):
-            begin = column_start + part * HALF
-            columns = begin + tl.arange(0, HALF)
+            begin = column_start + part * WIDTH
+            columns = begin + tl.arange(0, WIDTH)
             e, rest_, expected_, top_, mean_, squares_ = _tile_sums(
                 parts[part], bias, by, offset, target, columns, vocabulary,
                 SCALE, SOFTCAP, SLOPE, ENTROPY, TOP, MEAN, SQUARES,

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,20 +31,24 @@ class ScoreConfig:
     group: int = 8
 
 
-# (architecture, bytes of an element) -> configs for a plain epilogue, and for one with soft-cap or more statistics.
-SCORE_CONFIGS = {
-    (80, 2): (ScoreConfig(128, 128, 32, 8, 4, flatten=False), ScoreConfig(128, 128, 32, 8, 3, 2, flatten=False)),
-    (90, 2): (ScoreConfig(128, 256, 64, 8, 3), ScoreConfig(128, 256, 64, 8, 3, 2)),
-    (100, 2): (ScoreConfig(128, 256, 64, 8, 3), ScoreConfig(128, 128, 64, 8, 3)),
-    (80, 4): (ScoreConfig(64, 64, 32, 4, 3, flatten=False),) * 2,
-    (90, 4): (ScoreConfig(64, 64, 32, 4, 3, flatten=False),) * 2,
-    (100, 4): (ScoreConfig(64, 64, 32, 4, 3, flatten=False),) * 2,
-}
+# (architecture, bytes of an element) -> configs for epilogues of three weights: logp alone; also top1, entropy,
+# bias or a temperature; also soft-cap, means or squares. Each compiles without spills for its architecture.
+_AMPERE = ScoreConfig(128, 128, 32, 8, 4, flatten=False)
+_HOPPER = (ScoreConfig(128, 256, 64, 8, 3), ScoreConfig(128, 256, 64, 8, 3, split=4), ScoreConfig(128, 128, 64, 8, 4))
+_BLACKWELL = ScoreConfig(128, 256, 64, 8, 3, split=4), *(ScoreConfig(128, 128, 64, 8, 4),) * 2
+_FULL_PRECISION = ScoreConfig(64, 64, 32, 4, 3, flatten=False)  # fp32 has no tensor cores: "rows" is its form
+SCORE_CONFIGS = {(80, 2): (_AMPERE,) * 3, (90, 2): _HOPPER, (100, 2): _BLACKWELL}
 
 
-def score_config(arch: int, dtype: torch.dtype, softcap: bool, outputs: tuple[str, ...]) -> ScoreConfig:
-    """The tiles of the product on an architecture of the tile tables; depends on nothing else."""
-    return SCORE_CONFIGS[arch, dtype.itemsize][softcap or not set(outputs) <= {"logp", "top1"}]
+def score_config(arch: int, dtype: torch.dtype, form: LogitForm, outputs: tuple[str, ...], bias: bool) -> ScoreConfig:
+    """The tiles of the product on an architecture of the tile tables."""
+    if dtype == torch.float32:
+        return _FULL_PRECISION
+    plain = not bias and not isinstance(form.temperature, Tensor) and form.temperature == 1.0
+    weight = 0 if plain and set(outputs) <= {"logp", "lse"} else 1
+    if form.softcap is not None or not {"mean_logp", "mean_logit", "log_sum_p2"}.isdisjoint(outputs):
+        weight = 2
+    return SCORE_CONFIGS[arch, 2][weight]
 
 
 def _inverse(form: LogitForm, num_rows: int, device: torch.device) -> Tensor | None:
@@ -91,7 +95,7 @@ def score_product(
     from fastalign_kernels.head.offset_product import score_product_kernel
 
     (num_rows, size), vocabulary, arch = hidden.shape, weight.shape[0], table_architecture(hidden.device)
-    config = config or score_config(arch, hidden.dtype, form.softcap is not None, outputs)
+    config = config or score_config(arch, hidden.dtype, form, outputs, bias is not None)
     matrices = [hidden, weight] + ([] if energies is None else [energies])
     if tma is None:
         tma = arch >= 90 and hidden.element_size() == 2 and all(map(_aligned, matrices))
@@ -104,10 +108,10 @@ def score_product(
     strides = (hidden.stride(0), weight.stride(0), 0 if energies is None else energies.stride(0))
     operands: list = [hidden, weight, energies]
     if tma:
-        tails = ((config.block_m, config.block_k), (config.block_n, config.block_k), (config.block_m, config.block_n // config.split))
+        m, n, k = config.block_m, config.block_n, config.block_k
         operands = [
-            None if m is None else TensorDescriptor(m, list(m.shape), list(m.stride()), list(block))
-            for m, block in zip(operands, tails, strict=True)
+            None if matrix is None else TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), block)
+            for matrix, block in zip(operands, ([m, k], [n, k], [m, n // config.split]), strict=True)
         ]
     programs = min(multiprocessors(hidden.device), -(-num_rows // config.block_m) * tiles_n)
     score_product_kernel[(programs,)](
@@ -164,7 +168,7 @@ def exact_rows(
         *_fields(out), vocabulary, size, hidden.stride(0), weight.stride(0),
         0 if energies is None else energies.stride(0),
         SCALE=float(form.scale), SOFTCAP=float(form.softcap or 0), SLOPE=slope and form.softcap is not None,
-        BLOCK=256, BLOCK_K=32, num_warps=8,
+        BLOCK=128, BLOCK_K=32, num_warps=4,
     )  # fmt: skip
 
 
@@ -243,12 +247,14 @@ class OffsetEngine:
     """`logits`, `stats` and `gradient` of `products.Head` in offset-exponential form, on its operands.
 
     Product, statistics and E come from one kernel, so `logits` does nothing: `stats` runs it, and `gradient` does
-    where `stats` did not (`deferred`), with the rows' lse as offset. E lies in a buffer (`rows`, V) that the next span
-    overwrites: bf16 for 16-bit hidden states. `keep=False`: no gradient follows, so there is no buffer.
+    where `stats` did not (`deferred`), with the rows' lse as offset: of its `rows` it then reads lse, entropy and
+    log_sum_p2 alone. E lies in a buffer (`rows`, V) that the next span overwrites: bf16 for 16-bit hidden states.
+    `keep=False`: no gradient follows, so there is no buffer.
     """
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, form: LogitForm, rows: int, keep: bool
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, form: LogitForm,
+        rows: int, keep: bool,
     ):  # fmt: skip
         self.hidden, self.weight = (m if m.stride(1) == 1 else m.contiguous() for m in (hidden, weight))
         self.bias = None if bias is None else bias.contiguous()
@@ -276,10 +282,14 @@ class OffsetEngine:
         """dL/d(W h + bias) of the span; `rows` and `coefficients` are of the span."""
         hidden, targets, form = self.hidden[span], self.targets[span], slice_form(self.form, span)
         assert kept.energies is not None, "an engine made with keep=False has no gradients"
+        if span.stop == span.start:
+            return kept.energies.to(hidden.dtype)
         if kept.norms is None:
             kept.sloped = is_fast(coefficients, hidden.dtype)
             kept.norms = torch.ones_like(rows.lse)
             operands = hidden, self.weight, self.bias, targets
+            logp = target_logits(*operands, form) / LOG2_E - rows.lse
+            rows = RowStats(replace(rows.stats, logp=logp.clamp_max_(0)), rows.lse)
             score_product(*operands, rows.lse * LOG2_E, form, (), kept.energies, kept.sloped, sums=False)
         sloped = kept.sloped and form.softcap is not None
         return offset_gradient(kept.energies, kept.norms, hidden, targets, form, rows, coefficients, sloped)
