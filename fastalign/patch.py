@@ -248,8 +248,7 @@ def _bind_rope(file: str, model: nn.Module) -> bool:
 
 def _use_liger(model: nn.Module, options: dict) -> None:
     try:
-        from liger_kernel.transformers import _apply_liger_kernel_to_instance
-        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+        from liger_kernel.transformers import monkey_patch  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError("kernel_backend='liger' needs liger-kernel: pip install liger-kernel") from error
     losses = {"cross_entropy", "fused_linear_cross_entropy"}
@@ -260,9 +259,9 @@ def _use_liger(model: nn.Module, options: dict) -> None:
         )
     base: Any = unwrap_peft_model(model)
     kind = getattr(base.config, "model_type", None)
-    if kind not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+    if kind not in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN:
         logger.warning("liger-kernel has no layers for the model type %r: the model stays as it is.", kind)
-    _apply_liger_kernel_to_instance(model=base, **{**options, **dict.fromkeys(losses, False)})
+    monkey_patch._apply_liger_kernel_to_instance(model=base, **{**options, **dict.fromkeys(losses, False)})
 
 
 def _use_hub(model: nn.Module) -> None:

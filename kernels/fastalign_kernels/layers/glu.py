@@ -50,8 +50,9 @@ class _GLU(torch.autograd.Function):
             results = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in given]
         else:
             increment_version(given)  # whoever needs the overwritten values later gets autograd's error
-        read, write = _halves(gate, up), _halves(*results) if up is not None else _halves(results[0], None)
-        backward(as_rows(grads[0]), *map(as_rows, read), *map(as_rows, write), activation)
+        first, second = map(as_rows, _halves(gate, up))
+        to_first, to_second = map(as_rows, _halves(results[0], None if up is None else results[1]))
+        backward(as_rows(grads[0]), first, second, to_first, to_second, activation)
         return results[0], None if up is None else results[1], None, None
 
 
@@ -89,7 +90,7 @@ def glu_packed(gate_up: Tensor, activation: str = "silu", *, overwrite: bool = F
         raise ValueError(f"gate_up {tuple(gate_up.shape)}: the last dimension holds gate and up, so it must be even")
     _check_activation(activation)
     if not takes_triton(gate_up):
-        return glu_reference(*gate_up.chunk(2, dim=-1), activation)
+        return glu_reference(*_halves(gate_up, None), activation)
     return _GLU.apply(gate_up, None, activation, overwrite)  # pyright: ignore
 
 

@@ -40,7 +40,7 @@ class _LoraLinear(torch.autograd.Function):
         grad_x = None
         if needs[0]:
             grad_x = grad @ weight
-            grad_x = torch.addmm(grad_x, grad_low, lora_a, out=grad_x).view(x.shape)
+            grad_x = torch.addmm(grad_x, grad_low, lora_a, out=grad_x).view(x.shape)  # pyright: ignore
         return (
             grad_x,
             grad.t() @ rows if needs[1] else None,

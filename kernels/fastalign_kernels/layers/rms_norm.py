@@ -42,7 +42,7 @@ class _RMSNorm(torch.autograd.Function):
         ctx.save_for_backward(x if residual is None else summed, weight, rstd)
         ctx.options = offset, round_first
         ctx.dtypes = x.dtype, None if residual is None else residual.dtype
-        return out.view(x.shape), None if residual is None else summed.view(x.shape)
+        return out.view(x.shape), None if summed is None else summed.view(x.shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -53,9 +53,9 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, rstd = ctx.saved_tensors
         grad_x, grad_weight = grad_sum, None
         if grad is not None:
-            rows = None if grad_sum is None else as_rows(grad_sum)
+            rows, (offset, round_first) = None if grad_sum is None else as_rows(grad_sum), ctx.options
             grad_x, grad_weight = backward(
-                as_rows(grad), rows, as_rows(x), weight, rstd, *ctx.options, ctx.needs_input_grad[2]
+                as_rows(grad), rows, as_rows(x), weight, rstd, offset, round_first, ctx.needs_input_grad[2]
             )
             grad_x = grad_x.view(grad.shape)
         own, others = ctx.dtypes

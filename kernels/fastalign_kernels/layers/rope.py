@@ -58,7 +58,8 @@ class _Rope(torch.autograd.Function):
         from fastalign_kernels.layers.triton_rope import rotate
 
         cos, sin, positions = ctx.saved_tensors
-        return *rotate(*grads, cos, sin, positions, ctx.half, inverse=True), None, None, None, None
+        q, k = rotate(grads[0], grads[1], cos, sin, positions, ctx.half, inverse=True)
+        return q, k, None, None, None, None
 
 
 def rope(
@@ -89,7 +90,7 @@ def rope(
         if in_place and q.stride(-1) == k.stride(-1) == 1:
             from fastalign_kernels.layers.triton_rope import rotate
 
-            rotate(*tokens, cos, sin, positions, half, in_place=True)
+            rotate(tokens[0], tokens[1], cos, sin, positions, half, in_place=True)
             return q, k
         turned: tuple = _Rope.apply(*tokens, cos, sin, positions, half)  # pyright: ignore
         turned = tuple((x.squeeze(0) if added else x).movedim(-2, heads_dim) for x in turned)

@@ -1,4 +1,6 @@
 """Triton kernels of layers/embedding.py: segments of sorted tokens, first inside pieces, then across them."""
+# launch options, such as num_warps, are no parameters of a kernel
+# pyright: reportCallIssue=false
 
 from __future__ import annotations
 

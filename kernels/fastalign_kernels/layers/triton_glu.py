@@ -1,4 +1,6 @@
 """Triton kernels of layers/glu.py: elementwise, over blocks of rows, or of one long row where memory is dense."""
+# launch options, such as num_warps, are no parameters of a kernel
+# pyright: reportCallIssue=false
 
 from __future__ import annotations
 

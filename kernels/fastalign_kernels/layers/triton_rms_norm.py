@@ -1,4 +1,6 @@
 """Triton kernels of layers/rms_norm.py: a program normalises whole rows that lie in its registers."""
+# launch options, such as num_warps, are no parameters of a kernel
+# pyright: reportCallIssue=false
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
 """Triton kernel of layers/rope.py: a program rotates all heads of one token, so each angle is loaded once."""
+# launch options, such as num_warps, are no parameters of a kernel
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
