@@ -304,6 +304,7 @@ def linear_topk_divergence(
             exact = _topk_gradient(m, span_form, part, by_logp, valid[span], total)
             only_logp = RowStats(TokenStats(part.stats.logp), part.lse)
             grad = head.gradient(logits, span, only_logp, Coefficients(logp=total))
+            assert isinstance(grad, Tensor)
             grad.scatter_(1, indices[span], exact.to(grad.dtype))
             student.sums.add(span, grad, scale)
     assert rows.stats.entropy is not None

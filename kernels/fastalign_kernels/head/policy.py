@@ -79,9 +79,7 @@ class _LossFunction:
         if not self.parts:
             return PolicyTerms(logp, logp)
         found = {f.name: [getattr(part, f.name) for part in self.parts] for f in fields(PolicyTerms)}
-        return PolicyTerms(
-            **{name: None if values[0] is None else torch.cat(values) for name, values in found.items()}
-        )
+        return PolicyTerms(**{name: torch.cat(values) for name, values in found.items() if values[0] is not None})
 
 
 def _check_rows(rows: Tensor | None, num_rows: int | None) -> None:
