@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from fastalign_kernels import fused
 from fastalign_kernels.attention import Segments
 from fastalign_kernels.head.token_stats import OUTPUTS, LogitForm, TokenStats
 from torch import Tensor, nn
@@ -47,6 +48,15 @@ class PolicyOutput:
 
     loss: Tensor | None  # 0-dim; None where only statistics were asked for
     stats: TokenStats
+    aux_loss: Tensor | None = None  # load balancing of a mixture of experts, not yet times its coefficient
+
+
+@dataclass
+class HeadLoss:
+    """What `op` made of a policy's hidden states and head."""
+
+    loss: Tensor  # 0-dim
+    result: Any
     aux_loss: Tensor | None = None  # load balancing of a mixture of experts, not yet times its coefficient
 
 
@@ -134,10 +144,30 @@ def token_loss(
 
     `temperature` is a number or (N,). The statistics returned are detached.
     """
-    options = {"loss_fn": loss_fn, "outputs": outputs, "temperature": temperature}
-    result, request, output = _score(model, batch, "fused", options, model_kwargs)
-    assert request.stats is not None
-    return PolicyOutput(result.reshape(()), request.stats, _aux_loss(output))
+    _check_outputs(outputs)
+
+    def op(hidden: Tensor, weight: Tensor, **options) -> tuple[Tensor, TokenStats]:
+        return fused(hidden, weight, batch.targets, loss_fn, outputs=outputs, **options)
+
+    found = head_loss(model, batch, op, temperature=temperature, **model_kwargs)
+    return PolicyOutput(found.loss, found.result, found.aux_loss)
+
+
+def head_loss(
+    model: nn.Module,
+    batch: TokenBatch,
+    op: Callable[..., tuple[Tensor, Any]],
+    *,
+    temperature: float | Tensor = 1.0,
+    **model_kwargs,
+) -> HeadLoss:
+    """The loss that `op` makes of the hidden states at `batch.source` and the head, in one forward of `model`.
+
+    `op(hidden (N, D), weight (V, D), bias=, form=, low_rank=)` returns a 0-dim loss with its graph, and anything else:
+    one of `fastalign_kernels`' losses from hidden states, given its targets and rows.
+    """
+    result, request, output = _score(model, batch, "loss", (), temperature, model_kwargs, op)
+    return HeadLoss(result.reshape(()), request.result, _aux_loss(output))
 
 
 def token_stats(
@@ -150,9 +180,12 @@ def token_stats(
     **model_kwargs,
 ) -> PolicyOutput:
     """Per-token statistics of `batch` under `model`, differentiable where `grad`; `loss` is None."""
-    options = {"outputs": outputs, "temperature": temperature}
+    _check_outputs(outputs)
+    outputs = outputs if "logp" in outputs else ("logp", *outputs)
     with nullcontext() if grad else torch.no_grad():
-        result, request, output = _score(model, batch, "deferred" if grad else "stats", options, model_kwargs)
+        result, request, output = _score(
+            model, batch, "deferred" if grad else "stats", outputs, temperature, model_kwargs
+        )
     return PolicyOutput(None, unpack_stats(result, request.outputs), _aux_loss(output))
 
 
@@ -164,22 +197,29 @@ def logits_forward(model: nn.Module, batch: TokenBatch, **model_kwargs) -> Any:
         return model(**_model_inputs(model, base, batch), **model_kwargs)
 
 
-def _score(
-    model: nn.Module, batch: TokenBatch, mode: str, options: dict[str, Any], model_kwargs: dict[str, Any]
-) -> tuple[Tensor, ScoringRequest, Any]:
-    info, base = policy_info(model), unwrap(model)
-    outputs = tuple(options["outputs"])
+def _check_outputs(outputs: tuple[str, ...]) -> None:
     if unknown := set(outputs) - set(OUTPUTS):
         raise ValueError(f"outputs has {sorted(unknown)}; allowed are {OUTPUTS}.")
-    outputs = outputs if "logp" in outputs else ("logp", *outputs)
+
+
+def _score(
+    model: nn.Module,
+    batch: TokenBatch,
+    mode: str,
+    outputs: tuple[str, ...],
+    temperature: float | Tensor,
+    model_kwargs: dict[str, Any],
+    op: Callable[..., tuple[Tensor, Any]] | None = None,
+) -> tuple[Tensor, ScoringRequest, Any]:
+    info, base = policy_info(model), unwrap(model)
     request = ScoringRequest(
         source=batch.source,
         targets=batch.targets,
         length=batch.input_ids.shape[-1],
         mode=mode,
         outputs=outputs,
-        form=replace(info.form, temperature=options["temperature"]),
-        loss_fn=options.get("loss_fn"),
+        form=replace(info.form, temperature=temperature),
+        op=op,
         heads=attach_heads(base),
     )
     with scoring(request), head_output_kept(base), flat_attention.flat_batch(_segments(base, batch)):

@@ -25,12 +25,12 @@ class ScoringRequest:
     source: Tensor  # (N,) int64, positions in the flattened input
     targets: Tensor  # (N,) int64
     length: int  # tokens of one row of the input: T, or L where padded
-    mode: str  # "fused" (loss_fn), "deferred" (statistics with gradient), "stats" (without)
+    mode: str  # "loss" (of `op`), "deferred" (statistics with gradient), "stats" (without)
     outputs: tuple[str, ...]
     form: LogitForm
-    loss_fn: Any = None
+    op: Any = None  # op(hidden (N, D), weight, bias=, form=, low_rank=) -> (0-dim loss, anything)
     heads: frozenset[int] = frozenset()  # ids of the modules that may answer
-    stats: TokenStats | None = None  # set by "fused", detached
+    result: Any = None  # what `op` gave beside the loss
     num_calls: int = field(default=0, init=False)
 
 
@@ -118,14 +118,14 @@ def _answer(module: nn.Module, request: ScoringRequest, hidden: Tensor) -> Tenso
         kind = rows.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         rows, weight = rows.to(dtype), weight.to(dtype)
-        options = {"bias": None if bias is None else bias.to(dtype), "form": request.form, "outputs": request.outputs}
+        options: dict[str, Any] = {"bias": None if bias is None else bias.to(dtype), "form": request.form}
         options["low_rank"] = tuple(factor.to(dtype) for factor in low_rank) or None
         with torch.autocast(kind, enabled=False):
-            if request.mode == "fused":
-                loss, request.stats = head_ops.fused(rows, weight, request.targets, request.loss_fn, **options)
+            if request.mode == "loss":
+                loss, request.result = request.op(rows, weight, **options)
                 return loss.reshape(1, 1, 1).clone()  # FSDP2 hangs its hooks on it, and warns of a view
             score = head_ops.deferred if request.mode == "deferred" else head_ops.stats
-            stats = score(rows, weight, request.targets, **options)
+            stats = score(rows, weight, request.targets, outputs=request.outputs, **options)
     columns = [getattr(stats, name) for name in request.outputs]
     return torch.cat([column.to(stats.logp.dtype) for column in columns]).reshape(1, 1, -1).clone()
 
