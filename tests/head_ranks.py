@@ -146,6 +146,18 @@ def dtensor_errors(op, placement, rank):
     return errors
 
 
+def weighted_smoothing_errors():
+    """The part of the loss that is a product with the weight of its own takes a DTensor too."""
+    (hidden, weight, bias, *_), targets = problem(torch.float64)
+    options = {"class_weights": torch.linspace(0, 1, V), "label_smoothing": 0.1}
+    exact = leaves([weight, bias])
+    placed = [distribute_tensor(t, init_device_mesh("cpu", (2,)), [Shard(0)]).requires_grad_() for t in (weight, bias)]
+    expected, found = (fk.linear_cross_entropy(hidden, w, targets, bias=b, **options) for w, b in (exact, placed))
+    grads = zip(torch.autograd.grad(found, placed), torch.autograd.grad(expected, exact), strict=True)
+    errors = [relative_error(found, expected), *(relative_error(g.full_tensor(), reference) for g, reference in grads)]
+    return {str(i): error for i, error in enumerate(errors)}
+
+
 def refusals():
     mesh = init_device_mesh("cpu", (2,))
     (hidden, weight, *_), targets = problem(torch.float64)
@@ -181,6 +193,7 @@ if __name__ == "__main__":
     for op in ("fused", "deferred"):
         for placement in ("shard", "replicate", "fsdp"):
             result[f"dtensor {op} {placement}"] = dtensor_errors(op, placement, rank)
+    result["dtensor loss shard"] = weighted_smoothing_errors()
     (folder / f"{rank}.json").write_text(json.dumps({"errors": result, "refusals": refusals()}))
     dist.barrier()
     sys.stdout.flush()

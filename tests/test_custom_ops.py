@@ -18,8 +18,10 @@ def problem(dtype=torch.float64, needs=(True, True, True)):
     return *inputs, targets
 
 
-@pytest.mark.parametrize("needs", [[True, True, True], [True, False, False], [False, False, False]])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("needs", "dtype"),
+    [([True] * 3, torch.float32), ([True, False, False], torch.bfloat16), ([False] * 3, torch.float32)],
+)
 def test_opcheck_of_cross_entropy(needs, dtype):
     hidden, weight, bias, targets = problem(dtype, needs)
     plain = (-100, "mean", 0.0, 0.0, False, 1.0, None, 1.0, None, None)
@@ -29,8 +31,9 @@ def test_opcheck_of_cross_entropy(needs, dtype):
     opcheck(torch.ops.fastalign.linear_cross_entropy.default, arguments)
 
 
-@pytest.mark.parametrize("needs", [[True, True, True], [True, False, False], [False, False, False]])
-@pytest.mark.parametrize("entropy", [True, False])
+@pytest.mark.parametrize(
+    ("needs", "entropy"), [([True] * 3, True), ([True, False, False], False), ([False] * 3, True)]
+)
 def test_opcheck_of_logprobs(needs, entropy):
     hidden, weight, bias, targets = problem(torch.float32, needs)
     settings = (entropy, -100, 0.7, 5.0, 1.0, torch.rand(B, L) + 0.5, 4)

@@ -63,6 +63,14 @@ def test_logit_scale_and_adapter_together():
     _assert_equals_plain(_adapted("granite"))
 
 
+def test_two_active_adapters_on_the_head():
+    model = _adapted(target_modules=["lm_head"])
+    second = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["lm_head"], init_lora_weights=False)
+    model.add_adapter("second", second)
+    model.base_model.set_adapter(["default", "second"])
+    _assert_equals_plain(model.eval())
+
+
 def test_disabled_and_merged_adapters():
     model, sequences = _adapted(), sequences_of()
     batch = batch_of(sequences)

@@ -13,6 +13,7 @@ from fastalign_kernels.head.fused import fused
 from fastalign_kernels.head.positions import Scored, scored_positions
 from fastalign_kernels.head.token_stats import LogitForm, TokenStats
 from fastalign_kernels.head.vocabulary_parallel import VocabularyShard
+from fastalign_kernels.head.whole_weights import whole
 from fastalign_kernels.losses.supervised import dft as dft_loss
 from fastalign_kernels.losses.supervised import nll, smoothed_nll
 
@@ -118,12 +119,12 @@ def linear_cross_entropy(
     if class_weights is not None and shard is not None:
         raise ValueError("class_weights with shard: give per-token weights to a loss function of `fused` instead")
     form = LogitForm(logit_scale, softcap, temperature)
-    options: dict[str, Any] = {"bias": bias, "chunk": chunk}
     if torch.compiler.is_compiling() and low_rank is None and shard is None:
         from fastalign_kernels import custom_ops
 
         settings = (ignore_index, reduction, label_smoothing, z_loss, dft)
-        return custom_ops.linear_cross_entropy(hidden, weight, targets, class_weights, form, settings, **options)
+        return custom_ops.linear_cross_entropy(hidden, weight, targets, class_weights, form, settings, bias, chunk)
+    weight, bias = whole(weight, "weight"), whole(bias, "bias")
     scored = scored_positions(hidden, targets, form, low_rank, ignore_index)
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     weights = None if class_weights is None else class_weights.detach().to(wide)
@@ -136,7 +137,8 @@ def linear_cross_entropy(
     losses = _TokenLosses(
         label_smoothing, z_loss, dft, weights, by_token, divisor, count if reduction == "mean" else 1
     )
-    options |= {"form": scored.form, "outputs": losses.outputs, "low_rank": scored.low_rank, "shard": shard}
+    options: dict[str, Any] = {"bias": bias, "form": scored.form, "outputs": losses.outputs, "chunk": chunk}
+    options |= {"low_rank": scored.low_rank, "shard": shard}
     if reduction == "none":
         result = losses(deferred(scored.hidden, weight, scored.targets, **options))
     else:

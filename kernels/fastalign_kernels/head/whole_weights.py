@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+Operand = TypeVar("Operand", Tensor, Tensor | None)
 
 
 class _Whole(torch.autograd.Function):
@@ -23,7 +25,7 @@ class _Whole(torch.autograd.Function):
         return partial.redistribute(placements=ctx.placements)
 
 
-def whole(tensor: Tensor | None, name: str) -> Tensor | None:
+def whole(tensor: Operand, name: str) -> Operand:
     """`tensor` itself, or all rows of a DTensor that is replicated or cut along them (FSDP2, tensor parallel).
 
     The gradient is the mean over the mesh, cut as the weight is: what FSDP2 gives for ranks with tokens of their own,
