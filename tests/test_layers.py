@@ -93,6 +93,23 @@ def test_rms_norm_of_several_dtypes():
     compare(found, torch.autograd.grad(sum(t.square().sum() for t in true), [wide, stream, w]), torch.float16)
 
 
+def test_rows_that_exceed_registers_take_the_reference():
+    x, weight = normal(1, 8193), normal(8193)
+    with triton_backend():
+        assert torch.equal(rms_norm(x, weight), rms_norm_reference(x, weight))
+
+
+@pytest.mark.parametrize("size", [16384, 9001])
+def test_rms_norm_of_the_longest_rows(size):
+    x, weight = normal(2, size, dtype=torch.bfloat16).requires_grad_(), normal(size, dtype=torch.bfloat16)
+    with triton_backend():
+        outs = add_rms_norm(x, x, weight)
+        found = torch.autograd.grad(outs, x, [torch.ones_like(out) for out in outs])
+    (wide,) = exact(x)
+    true = rms_norm_reference(2 * wide, weight.double()), 2 * wide
+    compare([*outs, *found], [*true, *torch.autograd.grad(sum(t.sum() for t in true), wide)], torch.bfloat16)
+
+
 def test_rms_norm_sums_many_rows_and_leaves_frozen_weights(monkeypatch):
     monkeypatch.setattr("fastalign_kernels.launch.MULTIPROCESSORS_ELSEWHERE", 1)
     x, weight = normal(19, 2048).requires_grad_(), normal(2048)

@@ -137,13 +137,17 @@ def test_rope_follows_the_models_that_live():
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing(reentrant):
-    model = tiny_model("gemma2").train()
+def test_gradient_checkpointing(reentrant, monkeypatch):
+    """Through Triton, whose backward pass overwrites what the recomputation made."""
+    triton_checks = pytest.importorskip("triton_checks")
+    monkeypatch.setattr("fastalign_kernels.launch.MULTIPROCESSORS_ELSEWHERE", 1)
+    model = tiny_model("llama", num_hidden_layers=1, vocab_size=30).train()
     true = run(model)
     patch_model(model)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
-    assert_close(run(model), true)
+    with triton_checks.triton_backend():
+        assert_close(run(model), true, 3e-6)
     unpatch_model(model)
 
 

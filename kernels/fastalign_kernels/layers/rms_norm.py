@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastalign_kernels.layers.choice import as_rows, takes_triton, wide_dtype
 
-MAX_COLUMNS = 16384  # a row lies in the registers of one program; longer ones take the reference
+MAX_BYTES = 32768  # of a row, which lies in the registers of one program; longer ones take the reference
 
 
 def rms_norm_reference(
@@ -70,7 +70,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, offset: float = 0.
     both. Without (OLMo 2, GPT-OSS; Gemma, with offset 1): one rounding, to the dtype of x.
     """
     _check(x, weight)
-    if not takes_triton(x, weight) or x.shape[-1] > MAX_COLUMNS:
+    if not _takes_triton(x, weight):
         return rms_norm_reference(x, weight, eps, offset=offset, round_first=round_first)
     result: Tensor = _RMSNorm.apply(x, None, weight, eps, offset, round_first)[0]  # pyright: ignore
     return result
@@ -89,11 +89,16 @@ def add_rms_norm(
     _check(x, weight)
     if residual.shape != x.shape:
         raise ValueError(f"residual {tuple(residual.shape)}: give the shape of x, {tuple(x.shape)}")
-    if not takes_triton(x, residual, weight) or x.shape[-1] > MAX_COLUMNS:
+    if not _takes_triton(x, residual, weight):
         summed = x + residual
         return rms_norm_reference(summed, weight, eps, offset=offset, round_first=round_first), summed
     result: tuple[Tensor, Tensor] = _RMSNorm.apply(x, residual, weight, eps, offset, round_first)  # pyright: ignore
     return result
+
+
+def _takes_triton(*tensors: Tensor) -> bool:
+    widest = max(tensor.element_size() for tensor in tensors)
+    return tensors[0].shape[-1] * widest <= MAX_BYTES and takes_triton(*tensors)
 
 
 def _check(x: Tensor, weight: Tensor) -> None:

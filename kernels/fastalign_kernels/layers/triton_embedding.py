@@ -94,7 +94,8 @@ def _embedding_joints_kernel(
             total += tl.load(partial_ptr + (2 * piece) * D + column, mask=inside, other=0.0)
             end = (piece + 1) * PIECE  # a segment that fills the piece and goes on has its end's id there too
             following = tl.load(ids_ptr + end, mask=end < num_tokens, other=-2)
-        tl.store(out_ptr + token * D + column, rounded(total, out_ptr.dtype.element_ty), mask=inside)
+        done = _columns(column, following != token, D)  # always; Triton 3.6 fails where the loop's variable is dropped
+        tl.store(out_ptr + token * D + column, rounded(total, out_ptr.dtype.element_ty), mask=done)
 
 
 def gradient(grad: Tensor, ids: Tensor, num_rows: int, dtype: torch.dtype, padding_idx: int | None) -> Tensor:

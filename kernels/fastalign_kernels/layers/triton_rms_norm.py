@@ -86,7 +86,7 @@ def _rms_norm_bwd_kernel(
     column = tl.arange(0, BLOCK)
     weight = wide(tl.load(weight_ptr + column, mask=column < D, other=0.0)) + OFFSET
     partial = tl.zeros((ROWS, BLOCK), tl.float32)
-    # the longest rows leave no registers for the weight: it is loaded again for each of them
+    # the longest rows leave no registers for the weight, nor for x over the sum: they are loaded again
     for tile_index in range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0)):
         row = tl.cast(tile_index, tl.int64) * ROWS + tl.arange(0, ROWS)
         inside = (row < num_rows)[:, None] & (column < D)[None, :]
@@ -102,7 +102,11 @@ def _rms_norm_bwd_kernel(
         if BLOCK > 8192:
             weight = wide(tl.load(weight_ptr + column, mask=column < D, other=0.0)) + OFFSET
         grad *= weight[None, :]
-        result = rstd * (grad - normed * (tl.sum(grad * normed, axis=1) / D)[:, None])
+        mean = (tl.sum(grad * normed, axis=1) / D)[:, None]
+        if BLOCK > 8192:
+            at = x_ptr + row[:, None] * x_stride + column[None, :]
+            normed = wide(tl.load(at, mask=inside, other=0.0, volatile=True)) * rstd
+        result = rstd * (grad - normed * mean)
         if HAS_SUM:
             at = grad_sum_ptr + row[:, None] * grad_sum_stride + column[None, :]
             result += wide(tl.load(at, mask=inside, other=0.0))
