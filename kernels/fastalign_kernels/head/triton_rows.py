@@ -14,6 +14,9 @@ load and the store of each: when any thread stores block i, all threads have rea
 (i + 1) BLOCK, so a store never meets a logit that is still to be read. Rows do not overlap and have one program each.
 """
 
+# Kernels are Python for Triton's compiler: a type checker takes tensors for constants, and launches for plain calls.
+# pyright: reportAssignmentType=false, reportCallIssue=false, reportOperatorIssue=false
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
@@ -276,12 +279,13 @@ def row_stats(logits: Tensor, targets: Tensor, form: LogitForm, out: RowStats) -
     if num_rows == 0:
         return
     block, warps = _tile(vocabulary)
+    common = _common(logits, targets, form)
     k = VECTOR // logits.itemsize
+    if not common["ALIGNED"]:  # loads are of one logit: as many lanes, each with fewer logits in a block
+        block, k = max(block // 2, 512), 1
     stats = {f"{name}_out": getattr(out.stats, name) for name in STATISTICS}
     assert all(v is None or v.is_contiguous() for v in stats.values()) and out.lse.is_contiguous()
-    _row_stats_fwd_kernel[(num_rows,)](
-        **_common(logits, targets, form), lse_out=out.lse, **stats, LANES=block // k, K=k, num_warps=warps
-    )
+    _row_stats_fwd_kernel[(num_rows,)](**common, lse_out=out.lse, **stats, LANES=block // k, K=k, num_warps=warps)
 
 
 def row_gradient(
