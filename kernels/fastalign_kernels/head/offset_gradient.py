@@ -12,6 +12,10 @@ Else one pass in place turns E into dL/dm (`elementwise_kernel`; equations in `r
 log norm and the soft-cap's derivative from log E_v too: E is stored without it.
 """
 
+# Kernels are not Python to a type checker.
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportOperatorIssue=false, reportIndexIssue=false
+# pyright: reportCallIssue=false
+
 from __future__ import annotations
 
 import triton

@@ -17,6 +17,10 @@ is clamped at 100; rows where R passes 69 nats (38 with log_sum_p2, whose square
 that ties with another token is true.
 """
 
+# Kernels are not Python to a type checker.
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportOperatorIssue=false, reportIndexIssue=false
+# pyright: reportCallIssue=false
+
 from __future__ import annotations
 
 import triton

@@ -3,6 +3,9 @@
 `offset_product.py` and `offset_gradient.py` have the maths and the kernels.
 """
 
+# Launches of kernels are not Python to a type checker.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false
+
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
@@ -31,24 +34,24 @@ class ScoreConfig:
     group: int = 8
 
 
-# (architecture, bytes of an element) -> configs for epilogues of three weights: logp alone; also top1, entropy,
-# bias or a temperature; also soft-cap, means or squares. Each compiles without spills for its architecture.
+# architecture -> configs for 16-bit operands: for logp (and lse) alone, and for every longer epilogue. All compile
+# without spills for their architecture; 256 columns leave too few registers for a longer epilogue.
 _AMPERE = ScoreConfig(128, 128, 32, 8, 4, flatten=False)
-_HOPPER = (ScoreConfig(128, 256, 64, 8, 3), ScoreConfig(128, 256, 64, 8, 3, split=4), ScoreConfig(128, 128, 64, 8, 4))
-_BLACKWELL = ScoreConfig(128, 256, 64, 8, 3, split=4), *(ScoreConfig(128, 128, 64, 8, 4),) * 2
+_NARROW = ScoreConfig(128, 128, 64, 8, 4)
+SCORE_CONFIGS = {
+    80: (_AMPERE, _AMPERE),
+    90: (ScoreConfig(128, 256, 64, 8, 3), _NARROW),
+    100: (ScoreConfig(128, 256, 64, 8, 3, split=4), _NARROW),
+}
 _FULL_PRECISION = ScoreConfig(64, 64, 32, 4, 3, flatten=False)  # fp32 has no tensor cores: "rows" is its form
-SCORE_CONFIGS = {(80, 2): (_AMPERE,) * 3, (90, 2): _HOPPER, (100, 2): _BLACKWELL}
 
 
 def score_config(arch: int, dtype: torch.dtype, form: LogitForm, outputs: tuple[str, ...], bias: bool) -> ScoreConfig:
     """The tiles of the product on an architecture of the tile tables."""
     if dtype == torch.float32:
         return _FULL_PRECISION
-    plain = not bias and not isinstance(form.temperature, Tensor) and form.temperature == 1.0
-    weight = 0 if plain and set(outputs) <= {"logp", "lse"} else 1
-    if form.softcap is not None or not {"mean_logp", "mean_logit", "log_sum_p2"}.isdisjoint(outputs):
-        weight = 2
-    return SCORE_CONFIGS[arch, 2][weight]
+    plain = not bias and form.softcap is None and not isinstance(form.temperature, Tensor) and form.temperature == 1.0
+    return SCORE_CONFIGS[arch][0 if plain and set(outputs) <= {"logp", "lse"} else 1]
 
 
 def _inverse(form: LogitForm, num_rows: int, device: torch.device) -> Tensor | None:
@@ -168,7 +171,7 @@ def exact_rows(
         *_fields(out), vocabulary, size, hidden.stride(0), weight.stride(0),
         0 if energies is None else energies.stride(0),
         SCALE=float(form.scale), SOFTCAP=float(form.softcap or 0), SLOPE=slope and form.softcap is not None,
-        BLOCK=128, BLOCK_K=32, num_warps=4,
+        BLOCK=64, BLOCK_K=32, num_warps=4,
     )  # fmt: skip
 
 

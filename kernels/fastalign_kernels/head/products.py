@@ -87,12 +87,14 @@ class Head:
         if isinstance(temperature, Tensor):
             temperature = temperature.detach().to(self.stats_dtype)
         self.form = LogitForm(form.scale, form.softcap, temperature)
-        if chunk is None:
-            chunk = chunk_size(vocabulary, self.logits_dtype.itemsize, hidden.device)
-        self.spans = chunk_spans(num_tokens, chunk, groups)
-        longest = max((s.stop - s.start for s in self.spans), default=0)
         offset = shard is None and self.low_rank is None and not plain
         offset = offset and head_form(hidden.device, dtype, num_tokens, vocabulary, hidden.shape[1]) == "offset"
+        if chunk is None:
+            itemsize = dtype.itemsize if offset else self.logits_dtype.itemsize
+            columns = vocabulary if keep or not offset else -(-vocabulary // 32)  # without E: sums of tiles alone
+            chunk = chunk_size(columns, itemsize, hidden.device)
+        self.spans = chunk_spans(num_tokens, chunk, groups)
+        longest = max((s.stop - s.start for s in self.spans), default=0)
         self._engine = self._offset_engine(longest, keep) if offset else None
         if not offset:
             self._buffer = torch.empty(longest, vocabulary, dtype=self.logits_dtype, device=hidden.device)
