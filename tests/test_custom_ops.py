@@ -5,6 +5,7 @@ import pytest
 import torch
 from fastalign_kernels import custom_ops
 from head_oracle import relative_error
+from tolerances import GRADIENTS
 from torch.library import opcheck
 
 B, L, D, V = 2, 7, 8, 29
@@ -93,6 +94,21 @@ def test_one_graph_gives_the_same(step, needs):
         assert relative_error(grad, reference) < 1e-12
     with torch.no_grad():
         assert float((compiled(*inputs, targets) - expected).abs()) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_small_gradients_survive_16_bits(dtype):
+    """Gradients of 1e-6 under a loss scale of 2^14: below the normal numbers of fp16 until they are scaled."""
+    hidden, weight, _, targets = problem(dtype)
+    compiled = torch.compile(
+        lambda h, w: fk.linear_cross_entropy(h, w, targets, temperature=1e4), backend="aot_eager", fullgraph=True
+    )
+    grads = torch.autograd.grad(compiled(hidden, weight) * (2.0**14 / 3), (hidden, weight))
+    exact = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    logits = (exact[0] @ exact[1].t()).flatten(0, 1) / 1e4
+    expected = torch.nn.functional.cross_entropy(logits, targets.flatten()) * (2.0**14 / 3)
+    for grad, reference in zip(grads, torch.autograd.grad(expected, exact), strict=True):
+        assert relative_error(grad, reference) < GRADIENTS[dtype]
 
 
 def test_no_reduction_in_a_graph_is_refused_with_the_way_out():

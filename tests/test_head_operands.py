@@ -6,7 +6,7 @@ import torch
 from fastalign_kernels import LogitForm
 from head_oracle import leaves, oracle_stats, relative_error
 from test_head import D, N, V, coefficients, problem, weighted
-from test_head import kernels as kernels  # noqa: PLC0414
+from test_head import kernels as kernels
 from tolerances import GRADIENTS, STATISTICS
 
 

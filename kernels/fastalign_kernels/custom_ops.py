@@ -63,6 +63,11 @@ def _needs(*tensors: Tensor | None) -> list[bool]:
 # ---- cross-entropy
 
 
+def _gradient_scale(hidden: Tensor, reduction: str) -> float:
+    """What the gradients between forward and backward are multiplied by: a mean's would vanish in fp16."""
+    return 1024.0 if hidden.dtype == torch.float16 and reduction == "mean" else 1.0
+
+
 @_op("fastalign::linear_cross_entropy")
 def _cross_entropy(
     hidden: Tensor,
@@ -82,7 +87,7 @@ def _cross_entropy(
     temperatures: Tensor | None,
     chunk: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss, and what it is differentiated to by hidden, weight and bias, as far as `needs` says."""
+    """The loss, and its gradients by hidden, weight and bias times `_gradient_scale`, as far as `needs` says."""
     with _autograd():
         inputs = [None if t is None else t.detach() for t in (hidden, weight, bias)]
         leaves = [t.requires_grad_() for t, needed in zip(inputs, needs, strict=True) if t is not None and needed]
@@ -103,7 +108,8 @@ def _cross_entropy(
             temperature=temperature if temperatures is None else temperatures,
             chunk=chunk,
         )
-        grads = iter(torch.autograd.grad(loss, leaves) if leaves else ())
+        scale = torch.full_like(loss, _gradient_scale(hidden, reduction))
+        grads = iter(torch.autograd.grad(loss, leaves, scale) if leaves else ())
     return loss.detach(), *(next(grads).contiguous() if needed else hidden.new_empty(0) for needed in needs)  # pyright: ignore
 
 
@@ -114,13 +120,15 @@ def _(hidden, weight, targets, bias, class_weights, needs, *_args):
 
 
 def _keep_gradients(ctx, inputs, output):
-    ctx.needs = inputs[5]
+    ctx.needs, ctx.scale = inputs[5], _gradient_scale(inputs[0], inputs[7])
     ctx.save_for_backward(*output[1:])
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _scale_gradients(ctx, grad_loss, *_):
-    grads = [(g * grad_loss).to(g.dtype) if n else None for g, n in zip(ctx.saved_tensors, ctx.needs, strict=True)]
+    factor = grad_loss / ctx.scale  # not rounded to the dtype of 16-bit gradients
+    pairs = zip(ctx.saved_tensors, ctx.needs, strict=True)
+    grads = [(g.to(factor.dtype) * factor).to(g.dtype) if needed else None for g, needed in pairs]
     return *grads[:2], None, grads[2], *(None,) * 12
 
 

@@ -113,7 +113,8 @@ def linear_cross_entropy(
     weights each token by its own probability (`losses.supervised.dft`). `low_rank` u (..., r) and b (V, r), `shard`
     and `weight.main_grad` as in `fused`. Targets equal to `ignore_index` are dropped before the first product and cost
     nothing; to find them, the targets are read back from a GPU once: `fused` on listed positions does without, and
-    returns statistics too. Raises ValueError.
+    returns statistics too. Inside torch.compile this is one operator of the graph (`custom_ops.py`), where it takes
+    plain weights and gives their gradients to autograd; `low_rank` and `shard` break the graph. Raises ValueError.
     """
     _check(reduction, label_smoothing, dft, class_weights, weight, softcap is not None)
     if class_weights is not None and shard is not None:
