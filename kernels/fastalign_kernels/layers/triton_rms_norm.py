@@ -99,11 +99,11 @@ def _rms_norm_bwd_kernel(
             if ROUND_FIRST:
                 scaled = wide(rounded(normed, x_ptr.dtype.element_ty))
             partial += grad * scaled
-        if BLOCK > 8192:
+        if WEIGHT_GRADIENT and BLOCK > 8192:
             weight = wide(tl.load(weight_ptr + column, mask=column < D, other=0.0)) + OFFSET
         grad *= weight[None, :]
         mean = (tl.sum(grad * normed, axis=1) / D)[:, None]
-        if BLOCK > 8192:
+        if WEIGHT_GRADIENT and BLOCK > 8192:
             at = x_ptr + row[:, None] * x_stride + column[None, :]
             normed = wide(tl.load(at, mask=inside, other=0.0, volatile=True)) * rstd
         result = rstd * (grad - normed * mean)
