@@ -16,21 +16,26 @@ class TokenBatch:
     segment bounds. Padded (for models that cannot take packed input): `input_ids` is (B, L), `attention_mask` is
     (B, L), each padded row is one segment, and `source` points into the B*L flattened positions.
     Scored positions are listed, never masked: the hidden state at `source[i]` predicts `targets[i]`.
+
+    Shared (flat only): several answers to one prompt are segments of their own behind one segment of the prompt.
+    `prefix[s]` is the segment that all tokens of segment s see besides those before them in s, -1 where there is none;
+    a segment that is a prefix has none. Positions of s then start at the length of its prefix, and the `source` of its
+    first token is the last position of the prefix.
     """
 
     input_ids: Tensor  # (T,) or (B, L) int64
-    position_ids: Tensor  # same shape as input_ids, int64; restarts at 0 in each segment
+    position_ids: Tensor  # same shape as input_ids, int64; from 0 in each segment, from its length behind a prefix
     cu_seqlens: Tensor  # (S + 1,) int32, bounds of the segments (padded: of the real tokens of each row)
     source: Tensor  # (N,) int64, index of the hidden state that predicts targets[i]
     targets: Tensor  # (N,) int64
-    row: Tensor  # (N,) int64, segment that target i belongs to; non-decreasing
+    row: Tensor  # (N,) int64, sequence of target i; non-decreasing; its segment where none is shared
     weight: Tensor  # (N,) fp32, weight of target i in a token-level loss
     max_seqlen: int  # longest segment, tokens
     num_tokens: int  # real tokens in the batch (padding not counted)
     attention_mask: Tensor | None = None  # (B, L) int64; None in flat batches
-    model_inputs: dict[str, Tensor] = field(
-        default_factory=dict
-    )  # passed to the model as they are (pixel_values, ...)
+    prefix: Tensor | None = None  # (S,) int32, segment that segment s continues, or -1; None: no segment has a prefix
+    model_inputs: dict[str, Tensor] = field(default_factory=dict)  # passed to the model as they are (pixel_values, ...)
+    extras: dict[str, Tensor] = field(default_factory=dict)  # for the loss alone (margins, labels, reference logps)
 
     @property
     def num_scored(self) -> int:
@@ -47,7 +52,9 @@ class TokenBatch:
 
     def _map(self, fn) -> TokenBatch:
         changed = {f.name: fn(v) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
-        return replace(self, **changed, model_inputs={k: fn(v) for k, v in self.model_inputs.items()})
+        for name in ("model_inputs", "extras"):
+            changed[name] = {k: fn(v) for k, v in getattr(self, name).items()}
+        return replace(self, **changed)
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> TokenBatch:
         """The same batch on `device`."""
