@@ -34,7 +34,7 @@ class TokenBatch:
     num_tokens: int  # real tokens in the batch (padding not counted)
     attention_mask: Tensor | None = None  # (B, L) int64; None in flat batches
     prefix: Tensor | None = None  # (S,) int32, segment that segment s continues, or -1; None: no segment has a prefix
-    model_inputs: dict[str, Tensor] = field(default_factory=dict)  # passed to the model as they are (pixel_values, ...)
+    model_inputs: dict[str, Tensor] = field(default_factory=dict)  # passed to the model (pixel_values, ...)
     extras: dict[str, Tensor] = field(default_factory=dict)  # for the loss alone (margins, labels, reference logps)
 
     @property
