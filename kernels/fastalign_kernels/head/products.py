@@ -97,7 +97,9 @@ class Head:
         longest = max((s.stop - s.start for s in self.spans), default=0)
         self._engine = self._offset_engine(longest, keep) if offset else None
         if not offset:
-            self._buffer = torch.empty(longest, vocabulary, dtype=self.logits_dtype, device=hidden.device)
+            stride = -(-vocabulary // 8) * 8  # rows on 16-byte borders, also of a vocabulary such as 151,643
+            buffer = torch.empty(longest, stride, dtype=self.logits_dtype, device=hidden.device)
+            self._buffer = buffer[:, :vocabulary]
 
     def _offset_engine(self, rows: int, keep: bool):
         from fastalign_kernels.head.offset_rows import OffsetEngine
