@@ -39,7 +39,7 @@ def collate_flat(
     ids, label_values, weights = _read(input_ids, labels, weight, vocab_size)
     bounds = ids.bounds if seq_lengths is None else _segment_bounds(ids, read_rows("seq_lengths", seq_lengths))
     num_tokens = len(ids.values)
-    padded = _round_up(num_tokens, pad_to_multiple_of)
+    padded = round_up(num_tokens, pad_to_multiple_of)
     arrays = _native.collate(ids.values, bounds, label_values, weights, 0, padded, pad_token_id)
     return _token_batch(arrays, bounds, num_tokens, None)
 
@@ -58,7 +58,7 @@ def collate_padded(
     For models that cannot take sequences back to back. Arguments and errors as in `collate_flat`.
     """
     ids, label_values, weights = _read(input_ids, labels, weight, vocab_size)
-    width = max(1, _round_up(int(ids.lengths.max(initial=0)), pad_to_multiple_of))
+    width = max(1, round_up(int(ids.lengths.max(initial=0)), pad_to_multiple_of))
     arrays = _native.collate(ids.values, ids.bounds, label_values, weights, width, 0, pad_token_id)
     return _token_batch(arrays, ids.bounds, len(ids.values), width)
 
@@ -127,21 +127,21 @@ def _read(input_ids, labels, weight, vocab_size: int | None) -> tuple[Rows, np.n
     ids = read_rows("input_ids", input_ids)
     if (empty := np.flatnonzero(ids.lengths == 0)).size:
         raise ValueError(f"Column `input_ids` is empty in row {empty[0]}; drop rows without tokens.")
-    _check_values(ids, vocab_size, ignored_allowed=False)
+    check_ids(ids, vocab_size, ignored_allowed=False)
     label_rows = None if labels is None else read_rows("labels", labels)
     weight_rows = None if weight is None else read_rows("weight", weight, floating=True)
     for rows in (label_rows, weight_rows):
         if rows is not None:
             _check_same_lengths(ids, rows)
     if label_rows is not None:
-        _check_values(label_rows, vocab_size, ignored_allowed=True)
+        check_ids(label_rows, vocab_size, ignored_allowed=True)
     if weight_rows is not None and not np.isfinite(weight_rows.values).all():
         row, position = weight_rows.locate(int(np.flatnonzero(~np.isfinite(weight_rows.values))[0]))
         raise ValueError(f"Column `weight` is not finite at row {row}, position {position}.")
     return ids, None if label_rows is None else label_rows.values, None if weight_rows is None else weight_rows.values
 
 
-def _check_values(rows: Rows, vocab_size: int | None, *, ignored_allowed: bool) -> None:
+def check_ids(rows: Rows, vocab_size: int | None, *, ignored_allowed: bool) -> None:
     index = _native.first_invalid(rows.values, INT64_MAX if vocab_size is None else vocab_size, ignored_allowed)
     if index < 0:
         return
@@ -183,7 +183,7 @@ def _segment_bounds(ids: Rows, segments: Rows) -> np.ndarray:
     return bounds
 
 
-def _round_up(size: int, multiple: int | None) -> int:
+def round_up(size: int, multiple: int | None) -> int:
     if multiple is None:
         return size
     if multiple < 1:
