@@ -1,0 +1,116 @@
+"""The benchmarks: a provider that is wrong is not timed, rows say what was measured, and every suite runs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import measure  # noqa: E402
+import results_file  # noqa: E402
+from measure import Case, Provider, Roof  # noqa: E402
+
+
+def square_case(providers: list[Provider]) -> Case:
+    """The sum of squares of a vector, whose gradient is twice the vector."""
+
+    def exact(inputs):
+        total = inputs["x"].square().sum()
+        total.backward()
+        return {"total": total}
+
+    return Case(
+        op="square", shape="N=1000", dtype=torch.float32, make=lambda: {"x": torch.randn(1000, requires_grad=True)},
+        exact=exact, providers=[Provider("exact", exact), *providers], flops=0, bytes=8000,
+    )  # fmt: skip
+
+
+def test_wrong_results_and_gradients_are_not_timed(capsys):
+    def wrong_value(inputs):
+        total = inputs["x"].square().sum() * 1.01
+        total.backward()
+        return {"total": total}
+
+    def wrong_gradient(inputs):
+        total = inputs["x"].square().sum()
+        inputs["x"].grad = 2.1 * inputs["x"].detach()
+        return {"total": total}
+
+    def without_gradient(inputs):
+        return {"total": inputs["x"].detach().square().sum()}
+
+    names = {"value": wrong_value, "gradient": wrong_gradient, "none": without_gradient}
+    providers = [Provider(name, run) for name, run in names.items()]
+    providers += [Provider("absent", wrong_value, "no-such-package"), Provider("card", wrong_value, needs_cuda=True)]
+    case = square_case(providers)
+    rows = measure.measure(case, [p.name for p in case.providers], 3, Roof())
+    assert [row["provider"] for row in rows] == ["exact"]
+    assert rows[0]["error"] < 1e-6 and rows[0]["p20"] <= rows[0]["median"] <= rows[0]["p80"]
+    out = capsys.readouterr().out
+    for text in (
+        "value: left out, its error 1.0e-02", "gradient: left out, its error 5.0e-02",
+        "none: left out, ValueError: ['grad_x'] were not computed",
+        "absent: left out, no-such-package is not installed",
+    ):  # fmt: skip
+        assert text in out, text
+    assert torch.cuda.is_available() or "card: left out, it needs a GPU" in out
+
+
+def test_peak_memory_is_what_a_call_adds():
+    if measure.peak_bytes(lambda: None) is None:
+        pytest.skip("the peak of this process cannot be reset here")
+    base = torch.ones(2**24)
+    peak = measure.peak_bytes(lambda: (base + 1).sum())  # 64 MiB of sums, freed at once
+    assert 60 * 2**20 < peak < 80 * 2**20
+
+
+def test_rows_are_appended_with_what_ran(tmp_path):
+    path = tmp_path / "results" / "device.json"
+    row = {"op": "a", "provider": "fastalign", "median": 1.23456789, "unit": "ms"}
+    results_file.append_rows(path, [row])
+    results_file.append_rows(path, [row | {"median": 2}])
+    first, second = json.loads(path.read_text())
+    assert (first["median"], second["median"]) == (1.23457, 2) and first["torch"] == torch.__version__
+    assert len(path.read_text().splitlines()) == 4
+    with pytest.raises(ValueError, match="Unknown fields"):
+        results_file.append_rows(path, [row | {"speed": 1}])
+    with pytest.raises(ValueError, match="lacks"):
+        results_file.append_rows(path, [{"op": "a"}])
+
+
+@pytest.mark.parametrize("name", ["kernels", "attention", "layers"])
+def test_suites_run_at_tiny_shapes(name):
+    peers = {"kernels": "naive,trl", "attention": "padded,dense-mask", "layers": "torch"}[name]
+    command = [
+        sys.executable,
+        "-m",
+        "fastalign",
+        "bench",
+        name,
+        "--dry-run",
+        "--dtypes",
+        "float32",
+        "--against",
+        peers,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for provider in ["fastalign", *peers.split(",")]:
+        assert f"  {provider} " in done.stdout and f"{provider}: left out" not in done.stdout
+    refused = subprocess.run([*command[:-1], "nobody"], capture_output=True, text=True, cwd=ROOT)
+    assert refused.returncode == 1 and "unknown ['nobody']" in refused.stderr
+
+
+def test_parts_of_the_gpu_suite_run_in_the_interpreter():
+    command = [sys.executable, "benchmarks/gpu_suite.py", "--dry-run", "--parts", "numerics", "forms"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    bounds = {"rows, logits of scale 1": 2e-2, "offset, logits of scale 40": 1e-3}  # rows: 16-bit logits without a GPU
+    for name, bound in bounds.items():
+        found = json.loads(done.stdout.partition(f'"{name}": ')[2].partition("}")[0] + "}")
+        assert found["logp_max"] < bound and found["grad_hidden"] < 1e-2 and found["grad_weight"] < 1e-2, found
