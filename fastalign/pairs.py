@@ -1,0 +1,136 @@
+"""What trainers on pairs of answers share: settings, lengths of rows, the loss of a batch of pairs, and its metrics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from fastalign_kernels.head.preference import PreferenceResult, linear_preference_loss
+from torch import Tensor, nn
+
+from .config import arg
+from .config_groups import LengthArgs, ModelArgs
+from .data.batch import TokenBatch
+from .loop.batching import list_lengths
+from .metrics import Metrics
+from .policy import HeadLoss, head_loss
+
+OUTPUTS = ("entropy", "mean_logit", "top1")  # statistics of tokens that the metrics of pairs need
+SHARE_GAIN = 1.15  # prompts are shared where that saves this factor of the tokens
+
+
+@dataclass
+class PairArgs(LengthArgs, ModelArgs):
+    """How answers to a prompt are run through the model."""
+
+    disable_dropout: bool = arg(True, "Switch dropout off in the policy and in the reference.")
+    share_prefix: bool | None = arg(
+        None, "Compute a prompt once for all answers to it; unset: where that saves 15% of the tokens."
+    )
+
+    def check_pair_args(self) -> None:
+        """The checks of both groups (ValueError)."""
+        self.check_length_args()
+        self.check_model_args()
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout rate of `model` to 0, also those that its attention keeps as a number."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
+def sharing(trainer, dataset, answers: tuple[str, ...]) -> bool | str:
+    """The collator's `share` for a trainer: as set; with a token budget one choice for the whole dataset.
+
+    ValueError where `share_prefix=True` and the model takes padded rows.
+    """
+    wish, policy = trainer.args.share_prefix, trainer.policy
+    if wish and not policy.flat:
+        raise ValueError(f"`share_prefix=True`, but this model needs padded rows: {policy.reason}. Set it to False.")
+    if wish is not None or not policy.flat:
+        return bool(wish)
+    if trainer.args.token_budget is None:
+        return "auto"
+    lengths = [group_lengths(dataset, answers, flat=True, share=share).sum() for share in (False, True)]
+    return bool(lengths[0] > SHARE_GAIN * lengths[1])
+
+
+def group_lengths(dataset, answers: tuple[str, ...], *, flat: bool, share: bool | str) -> np.ndarray:
+    """(rows,) int64: tokens that a row takes in a batch, padded ones as wide as their longest answer."""
+    prompts = list_lengths(dataset, "prompt_ids")
+    lengths = np.stack([list_lengths(dataset, f"{name}_ids") for name in answers], 1)
+    if not flat:
+        return len(answers) * (prompts + lengths.max(1, initial=0))
+    return prompts * (1 if share is True else len(answers)) + lengths.sum(1)
+
+
+def pair_loss(
+    model: nn.Module,
+    batch: TokenBatch,
+    loss: str,
+    per_pair: int = 2,
+    *,
+    outputs: tuple[str, ...] = OUTPUTS,
+    router: dict[str, Any] | None = None,
+    **settings: Any,
+) -> HeadLoss:
+    """One forward of `model` over `batch`, numbered pair by pair, through `linear_preference_loss(loss, **settings)`.
+
+    `result` is its `PreferenceResult`; the loss is the mean over the batch's pairs.
+    """
+    num_pairs = batch.extras["lengths"].numel() // per_pair
+
+    def op(hidden: Tensor, weight: Tensor, **head) -> tuple[Tensor, PreferenceResult]:
+        found = linear_preference_loss(
+            hidden,
+            weight,
+            batch.targets,
+            batch.row,
+            num_pairs=num_pairs,
+            loss=loss,
+            scored=batch.extras.get("scored"),
+            outputs=outputs,
+            **head,
+            **settings,
+        )
+        return found.loss, found
+
+    return head_loss(model, batch, op, **(router or {}))
+
+
+def record_pairs(metrics: Metrics, batch: TokenBatch, found: PreferenceResult, per_pair: int = 2) -> None:
+    """TRL's metrics of pairs: rewards/*, logps/*, logits/* (means over vocabulary and tokens), entropy (nats),
+    mean_token_accuracy (of the chosen answers), num_tokens. A metric is a ratio over all ranks."""
+    num_pairs, stats = found.losses.numel(), found.stats
+    record_rewards(metrics, found)
+    for name, logps in {"chosen": found.chosen_logps, "rejected": found.rejected_logps}.items():
+        metrics.mean(f"logps/{name}", logps.sum(), num_pairs)
+    answer = batch.row.to(stats.logp.device) % per_pair
+    if "scored" in batch.extras:
+        answer = answer.masked_fill(~batch.extras["scored"], -1)
+    chosen, rejected = answer == 0, answer == 1
+    if stats.mean_logit is not None:
+        metrics.mean("logits/chosen", (stats.mean_logit * chosen).sum(), chosen.sum())
+        metrics.mean("logits/rejected", (stats.mean_logit * rejected).sum(), rejected.sum())
+    if stats.entropy is not None:
+        metrics.mean("entropy", (stats.entropy * (answer >= 0)).sum(), (answer >= 0).sum())
+    if stats.top1 is not None:
+        metrics.mean("mean_token_accuracy", (stats.top1 & chosen).sum(), chosen.sum())
+    metrics.tokens(batch.num_tokens)
+
+
+def record_rewards(metrics: Metrics, found: PreferenceResult) -> None:
+    """rewards/chosen, rewards/rejected, rewards/accuracies and rewards/margins, means over pairs."""
+    values = {
+        "chosen": found.chosen_rewards,
+        "rejected": found.rejected_rewards,
+        "accuracies": found.accuracies,
+        "margins": found.margins,
+    }
+    for name, value in values.items():
+        metrics.mean(f"rewards/{name}", value.sum(), value.numel())

@@ -1,0 +1,384 @@
+"""The frozen side of a trainer: log-probabilities of a reference policy, at no second model's cost where possible."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from datasets import Dataset, IterableDataset
+from fastalign_kernels.head.answers import Answers
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+from .adapters import is_peft_model
+from .config import arg
+from .data.batch import TokenBatch
+from .loop.batching import ArrowRows
+from .loop.distributed import is_fsdp, use_precision
+from .loop.model_setup import place_model
+from .models import load_model, model_name
+from .policy import prepare_policy, token_stats
+
+logger = logging.getLogger(__name__)
+REF_ADAPTER = "ref"
+
+
+@dataclass
+class ReferenceArgs:
+    """Where the reference's log-probabilities come from."""
+
+    precompute_ref_log_probs: bool = arg(
+        False, "Compute the reference's log-probabilities once, before training, and keep them on disk."
+    )
+    precompute_ref_batch_size: int | None = arg(
+        None, "Examples in a batch of that pass; unset: the batch size of training or evaluation."
+    )
+    sync_ref_model: bool = arg(False, "Move the reference towards the policy while training (arXiv:2404.09656).")
+    ref_model_mixup_alpha: float = arg(0.6, "Share of the policy in the new reference when they are synchronised.")
+    ref_model_sync_steps: int = arg(512, "Optimizer steps between two synchronisations.")
+
+    def check_reference_args(self) -> None:
+        """Refuse values that make no sense (ValueError)."""
+        if not 0 <= self.ref_model_mixup_alpha <= 1:
+            raise ValueError(f"`ref_model_mixup_alpha` is {self.ref_model_mixup_alpha}; it must be from 0 to 1.")
+        for name in ("ref_model_sync_steps", "precompute_ref_batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` is {value}; it must be at least 1.")
+        if self.sync_ref_model and self.precompute_ref_log_probs:
+            raise ValueError(
+                "`sync_ref_model=True` changes the reference while training, so `precompute_ref_log_probs=True` would "
+                "hold numbers of an old one. Set one of them to False."
+            )
+
+
+class Reference:
+    """Log-probabilities of the frozen policy that a trainer compares with.
+
+    `mode`: "adapter_off" (the model without its new adapter), "ref_adapter" (a frozen copy of the adapter that is
+    trained further), "model" (a second model) or "cached" (columns of the dataset, no model while training).
+    `columns` name what the cached mode keeps of each row, one for each answer in the order of the batch's sequences.
+    """
+
+    def __init__(self, trainer, mode: str, model: nn.Module | None, columns: tuple[str, ...]):
+        self.trainer, self.mode, self.model, self.columns = trainer, mode, model, columns
+        self._hash: str | None = None
+
+    @classmethod
+    def make(
+        cls,
+        trainer,
+        ref_model,
+        columns: tuple[str, ...] = ("ref_chosen_logps", "ref_rejected_logps"),
+        *,
+        has_new_adapter: bool = False,
+        quantization_config=None,
+    ) -> Reference:
+        """The reference of a trainer that is set up, from its `ref_model` argument (None, a name or a model).
+
+        Computes `columns` of its datasets under `precompute_ref_log_probs`, adds the callback of `sync_ref_model`.
+        ValueError where `ref_model` is the trained model itself; NotImplementedError for adapters with
+        `sync_ref_model`.
+        """
+        args, model = trainer.args, trainer.model
+        adapted = is_peft_model(model) and ref_model is None
+        if args.sync_ref_model and is_peft_model(model):
+            raise NotImplementedError(
+                "`sync_ref_model=True` is not supported with adapters: their reference is the model without the "
+                "adapter, which nothing may change. Set it to False, or train all weights."
+            )
+        if adapted and not has_new_adapter:
+            _copy_adapter(model)
+        mode = ("adapter_off" if has_new_adapter else "ref_adapter") if adapted else "model"
+        own = None
+        cached = args.precompute_ref_log_probs
+        is_policy = (
+            cached and ref_model is None and not is_fsdp(trainer.accelerator)
+        )  # still what training starts from
+        if mode == "model" and not is_policy:
+            own = _resolve(trainer, ref_model, quantization_config)
+        reference = cls(trainer, "cached" if cached else mode, own, columns)
+        if cached:
+            reference._source = mode if own is not None or adapted else "policy"
+            reference._hash = content_hash(own or model, skip=_adapter_keys(model) if mode == "adapter_off" else ())
+        if own is not None:
+            reference.model = _prepared(trainer, own)
+        if args.sync_ref_model:
+            trainer.add_callback(SyncRefModelCallback(reference.model, trainer.accelerator))
+        return reference
+
+    _source = ""  # the mode that fills the cache; "policy": the model before it is trained
+
+    def logps(self, model: nn.Module, batch: TokenBatch, per_group: int = 2, ld_alpha: float | None = None) -> Tensor:
+        """(R,) fp32, one for each answer of `batch` as its `row` numbers them, in nats: sums without gradient."""
+        if self.mode != "cached":
+            return self._sums(self.mode, model, batch, per_group, ld_alpha)
+        if missing := [name for name in self.columns if name not in batch.extras]:
+            raise ValueError(
+                f"`precompute_ref_log_probs=True`, but the batch has no {', '.join(missing)}: prepare the dataset with "
+                "the trainer, or keep these columns (`remove_unused_columns`, a collator of your own)."
+            )
+        return torch.stack([batch.extras[name].float() for name in self.columns], 1).flatten()
+
+    def _sums(self, mode: str, model: Any, batch: TokenBatch, per_group: int, ld_alpha: float | None) -> Tensor:
+        logp = self.token_logps(model, batch, mode)
+        return answer_logps(batch, logp, per_group, ld_alpha=ld_alpha)
+
+    def token_logps(self, model: nn.Module, batch: TokenBatch, mode: str | None = None) -> Tensor:
+        """(N,) fp32 log-probabilities of the scored tokens, one forward without gradient."""
+        mode, accelerator = mode or self.mode, self.trainer.accelerator
+        if mode == "model":
+            assert self.model is not None
+            with accelerator.autocast():
+                return token_stats(self.model, batch).stats.logp
+        inner = accelerator.unwrap_model(model, keep_torch_compile=False)
+        with _evaluating(inner), _adapter(inner, mode), accelerator.autocast():
+            return token_stats(self.trainer.model, batch).stats.logp
+
+    # Cached log-probabilities
+
+    def complete(self, dataset, name: str, lengths: Callable[[Any], np.ndarray], per_group: int = 2):
+        """`dataset` with `columns` under `precompute_ref_log_probs`: those it has, those on disk, or computed now.
+
+        `lengths(dataset)` are the tokens of each row, (rows,) int64. ValueError for a stream, and once the policy that
+        served as the reference has been trained.
+        """
+        if self.mode != "cached" or dataset is None or set(self.columns) <= {*(dataset.column_names or ())}:
+            return dataset
+        if isinstance(dataset, IterableDataset):
+            raise ValueError(
+                "`precompute_ref_log_probs=True` needs a dataset with a length, not a stream. Set it to False, or "
+                f"bring the columns {', '.join(self.columns)}."
+            )
+        if self._source == "policy" and self.trainer.state.global_step > 0:
+            raise ValueError(
+                "`precompute_ref_log_probs=True` without `ref_model`: the reference was the policy before training, "
+                f"which is gone, so the {name} dataset cannot be scored now. Give it to the constructor as "
+                "`eval_dataset`, or pass a `ref_model`."
+            )
+        file = self._file(dataset)
+        values = np.load(file) if file.is_file() else None
+        if values is None or values.shape != (len(dataset), len(self.columns)):
+            values = self._compute(dataset, name, lengths(dataset), per_group)
+            self._write(file, values)
+        for column, logps in zip(self.columns, values.T, strict=True):
+            if column not in dataset.column_names:
+                dataset = dataset.add_column(column, logps)  # pyright: ignore
+        return dataset
+
+    def _file(self, dataset: Dataset) -> Path:
+        """Where these rows' log-probabilities under this model and these settings are kept."""
+        args = self.trainer.args
+        settings = (self._source, args.mixed_precision, getattr(args, "ld_alpha", None), self.columns)
+        key = hashlib.sha256(repr((dataset._fingerprint, self._hash, settings)).encode()).hexdigest()[:32]
+        return Path(datasets.config.HF_DATASETS_CACHE) / "fastalign_reference" / f"{key}.npy"
+
+    def _write(self, file: Path, values: np.ndarray) -> None:
+        if not (datasets.is_caching_enabled() and self.trainer.accelerator.is_main_process):
+            return
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(f".{os.getpid()}")
+        with part.open("wb") as stream:
+            np.save(stream, values)
+        os.replace(part, file)
+        logger.info("Log-probabilities of the reference are kept in %s.", file)
+
+    def _compute(self, dataset: Dataset, name: str, lengths: np.ndarray, per_group: int) -> np.ndarray:
+        """(rows, answers) fp32, every rank its share of batches of about equally long rows."""
+        trainer, args = self.trainer, self.trainer.args
+        use_precision(trainer)
+        size = args.precompute_ref_batch_size
+        size = size or (args.per_device_train_batch_size if name == "train" else args.per_device_eval_batch_size)
+        batches = batches_by_length(lengths, args.token_budget, size, padded=not trainer.policy.flat)
+        rounds = -(-len(batches) // trainer.world)  # every rank runs as many: FSDP gathers weights in each
+        collator = trainer.data_collator
+        wanted = [column for column in collator.columns if column in dataset.column_names]
+        rows = ArrowRows(dataset, wanted)
+        found = torch.zeros(len(dataset), len(self.columns), device=args.device)
+        options = {"unit": "row", "disable": args.disable_tqdm or trainer.rank > 0}
+        with tqdm(total=len(dataset), desc=f"Reference log-probabilities of {name}", **options) as progress:
+            for number in range(trainer.rank, rounds * trainer.world, trainer.world):
+                chosen = batches[min(number, len(batches) - 1)]
+                batch = trainer._prepare_inputs(collator(rows.__getitems__(chosen.tolist())))
+                sums = self._sums(self._source, trainer.model, batch, per_group, getattr(args, "ld_alpha", None))
+                if number < len(batches):
+                    found[torch.from_numpy(chosen).to(args.device)] = sums.view(len(chosen), -1)
+                progress.update(len(chosen) * trainer.world)
+        return (trainer._sum_over_ranks(found) if trainer.world > 1 else found).cpu().numpy()
+
+
+def answer_logps(batch: TokenBatch, logp: Tensor, per_group: int = 1, *, ld_alpha: float | None = None) -> Tensor:
+    """(R,) sums of logp (N,) over each sequence of `batch`; LD-DPO fades the tail of a group's longer answers."""
+    rows = batch.row
+    num_groups = batch.extras["lengths"].numel() // per_group
+    answers = Answers(logp[:, None], rows, num_groups, per_group, False, None)
+    if ld_alpha is not None:
+        answers.fade_tails(ld_alpha)
+    return answers.logps(logp, slice(None), slice(None), False)
+
+
+def batches_by_length(lengths: np.ndarray, budget: int | None, size: int, *, padded: bool) -> list[np.ndarray]:
+    """Row numbers of batches, longest rows first, of at most `budget` tokens.
+
+    Without a budget it is what the `size` longest rows need, so that later batches hold more and none needs more.
+    `padded` counts the padded rectangle.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    if budget is None:
+        longest = lengths[order[:size]]
+        budget = int(longest[0] * len(longest) if padded else longest.sum()) if len(order) else 0
+    starts, used, first = [0], 0, 0
+    for i, row in enumerate(order):
+        cost = int(lengths[order[first]] if padded else lengths[row])
+        if i > first and used + cost > budget:
+            starts.append(i)
+            first, used = i, 0
+            cost = int(lengths[row])
+        used += cost
+    return np.split(order, starts[1:])
+
+
+def content_hash(model: nn.Module, skip: tuple[str, ...] = ()) -> str:
+    """Digest of all weights by name, type and value, except names that hold one of `skip`."""
+
+    def digest(item: tuple[str, Any]) -> bytes:
+        name, tensor = item
+        if not isinstance(tensor, Tensor):
+            return repr(item).encode()
+        data = tensor.detach().cpu().contiguous()
+        head = f"{name} {data.dtype} {tuple(data.shape)}".encode()
+        values = data.reshape(-1).view(torch.uint8).numpy() if data.numel() else b""
+        return hashlib.blake2b(values, key=hashlib.blake2b(head).digest()).digest()
+
+    kept = sorted((k, v) for k, v in model.state_dict().items() if not any(part in k for part in skip))
+    with ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1))) as pool:  # hashing releases the interpreter's lock
+        return hashlib.sha256(b"".join(pool.map(digest, kept))).hexdigest()
+
+
+def _adapter_keys(model: Any) -> tuple[str, ...]:
+    return tuple(f".{name}" for name in model.peft_config)
+
+
+def _copy_adapter(model: Any) -> None:
+    """A frozen copy of the adapter that is trained, named "ref" (there already after a resumed run)."""
+    trained = model.active_adapter
+    if REF_ADAPTER not in model.peft_config:
+        model.add_adapter(REF_ADAPTER, model.peft_config[trained])
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        if f".{trained}." in name or name.endswith(f".{trained}"):
+            head, _, tail = name.rpartition(f".{trained}")
+            copied = parameters[f"{head}.{REF_ADAPTER}{tail}"]
+            copied.data = parameter.data.clone()
+            copied.requires_grad_(False)
+
+
+def _resolve(trainer, ref_model, quantization_config) -> Any:
+    """The reference as a model: given, loaded from where the policy came from, or a copy of it."""
+    policy, args = trainer.model, trainer.args
+    if ref_model is policy or (ref_model is not None and ref_model is trainer.accelerator.unwrap_model(policy)):
+        raise ValueError(
+            "`model` and `ref_model` are the same object, so the reference would be trained. Leave `ref_model` out: "
+            "it is then a copy of `model`."
+        )
+    if ref_model is not None and not isinstance(ref_model, str):
+        return ref_model
+    name = ref_model or model_name(policy)
+    if ref_model is None and not (os.path.isdir(name) or "/" in name):
+        return copy.deepcopy(policy)  # made in memory: there is no file of its first weights
+    options = dict(args.model_init_kwargs or {})
+    if quantization_config is not None:
+        options["quantization_config"] = quantization_config
+    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED", "FSDP", "MULTI_CPU"):
+        options["device_map"] = None
+    options.setdefault("dtype", policy.dtype)
+    if not trainer.policy.flat:
+        options.setdefault("attn_implementation", policy.config._attn_implementation)
+    trust = options.pop("trust_remote_code", args.trust_remote_code)
+    return load_model(name, trust_remote_code=trust, **options)
+
+
+def _prepared(trainer, model: Any) -> Any:
+    """The reference frozen, on its device, sharded under FSDP, and able to score."""
+    model.requires_grad_(False)
+    model.eval()
+    if model.config is not None:
+        model.config.use_cache = False
+    model = place_model(model, trainer.args, trainer.accelerator)
+    info = prepare_policy(model, allow_flat=trainer.policy.flat)
+    if trainer.policy.flat and not info.flat:
+        raise ValueError(
+            f"`ref_model` ({type(model).__name__}) cannot take the flat batches that the policy takes: {info.reason}. "
+            "Use a reference of the policy's kind, or `precompute_ref_log_probs` in a run of its own."
+        )
+    if is_fsdp(trainer.accelerator):
+        from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+        model = fsdp2_prepare_model(trainer.accelerator, model)
+    return model
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout, noise and checkpointing; then back to training where it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@contextmanager
+def _adapter(model: Any, mode: str) -> Iterator[None]:
+    """The policy with its adapter switched off or with the frozen one; gradients stay as they were."""
+    if mode == "adapter_off":
+        with model.disable_adapter():
+            yield
+    elif mode == "ref_adapter":
+        trained = model.active_adapter
+        model.set_adapter(REF_ADAPTER)
+        try:
+            yield
+        finally:
+            model.set_adapter(trained)
+            for name, parameter in model.named_parameters():
+                if f".{REF_ADAPTER}." in name:
+                    parameter.requires_grad_(False)
+    else:
+        yield
+
+
+class SyncRefModelCallback(TrainerCallback):
+    """TR-DPO, arXiv:2404.09656: every `ref_model_sync_steps` the reference moves towards the policy.
+
+    reference <- alpha * policy + (1 - alpha) * reference with alpha = `ref_model_mixup_alpha`.
+    """
+
+    def __init__(self, ref_model: nn.Module | None, accelerator):
+        self.ref_model, self.accelerator = ref_model, accelerator
+
+    @staticmethod
+    @torch.no_grad()
+    def sync_target_model(model: nn.Module, target_model: nn.Module, alpha: float) -> None:
+        """Move the parameters of `target_model` towards those of `model`; both in the same order, any types."""
+        for target, source in zip(target_model.parameters(), model.parameters(), strict=True):
+            target.mul_(1.0 - alpha).add_(source.to(target.dtype), alpha=alpha)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        """Called by the loop."""
+        if self.ref_model is not None and state.global_step % args.ref_model_sync_steps == 0:
+            inner = self.accelerator.unwrap_model(model) if self.accelerator else model
+            self.sync_target_model(inner, self.ref_model, args.ref_model_mixup_alpha)
