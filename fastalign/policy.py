@@ -96,7 +96,7 @@ def prepare_policy(model: nn.Module, *, allow_flat: bool = True, check: bool = T
             info = _set_padded(base, info.form, "flat batches were not asked for")
         return info
     form = read_logit_form(base)
-    obstacle = "flat batches were not asked for" if not allow_flat else _obstacle(model, base)
+    obstacle = "flat batches were not asked for" if not allow_flat else flat_obstacle(model, base)
     check = check and is_whole(base)
     if check:
         _remember(base, PolicyInfo(False, "", form, None))
@@ -109,17 +109,23 @@ def prepare_policy(model: nn.Module, *, allow_flat: bool = True, check: bool = T
                 f"with scale={form.scale}, softcap={form.softcap} read from its config. Add the field to "
                 "fastalign/logit_form.py."
             )
-    if obstacle is not None:
-        return _set_padded(base, form, obstacle)
-    name = flat_attention.select_flat_attention(base)
-    info = _remember(base, PolicyInfo(True, "attention over segments", form, name))
-    if check:
+    return choose_batches(model, form, obstacle, (lambda: flat_error(base, *_probes(model))) if check else None)
+
+
+def choose_batches(
+    model: nn.Module, form: LogitForm, obstacle: str | None, error: Callable[[], str | None] | None
+) -> PolicyInfo:
+    """Flat batches unless there is an `obstacle`, or `error()`, run with flat attention set, finds one."""
+    base = unwrap(model)
+    if obstacle is None:
+        name = flat_attention.select_flat_attention(base)
+        info = _remember(base, PolicyInfo(True, "attention over segments", form, name))
         with quiet(model):
-            obstacle = flat_error(base, *_probes(model))
-        if obstacle is not None:
-            return _set_padded(base, form, obstacle)
-    _warn_of_softcap(base, name)
-    return info
+            obstacle = None if error is None else error()
+        if obstacle is None:
+            _warn_of_softcap(base, name)
+            return info
+    return _set_padded(base, form, obstacle)
 
 
 def _probes(model: nn.Module) -> tuple[Callable[[TokenBatch], Tensor], Callable[[TokenBatch], Tensor]]:
@@ -280,7 +286,7 @@ def _accepted(cls: type) -> frozenset[str]:
     return frozenset(inspect.signature(cls.forward).parameters)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _obstacle(model: nn.Module, base: Any) -> str | None:
+def flat_obstacle(model: nn.Module, base: Any) -> str | None:
     """Why `base` cannot take flat batches, as far as its class and config tell."""
     config = base.config
     if getattr(base, "_is_stateful", False):

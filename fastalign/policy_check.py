@@ -18,6 +18,7 @@ ROUNDING = {torch.float64: 1e-9, torch.float32: 3e-5, torch.float16: 3e-3, torch
 SHARE_OF_LEAK = 0.1  # packed segments may differ from each alone by this share of what no isolation at all would do
 Score = Callable[[TokenBatch], Tensor]  # logp (N,) of the scored tokens
 Logits = Callable[[TokenBatch], Tensor]  # ordinary logits (1, T, V)
+Alone = Callable[[Tensor], tuple[Tensor, float]]  # ids of a segment -> what `score` says of it, size of its logits
 
 
 def is_whole(model: nn.Module) -> bool:
@@ -41,37 +42,42 @@ def quiet(model: nn.Module) -> Iterator[None]:
 
 def head_error(base: Any, score: Score, logits: Logits) -> str | None:
     """How far `score` is from the model's ordinary logits on one sequence; None where they agree."""
-    segment = _segments(base)[0]
+    segment = random_segments(base)[0]
     expected, size = _own_logp(logits, segment)
-    error, tolerance = (score(_batch([segment])) - expected).abs().max().item(), _limit(base, size, TOLERANCE)
+    error, tolerance = (score(batch_of([segment])) - expected).abs().max().item(), _limit(base, size, TOLERANCE)
     return None if error <= tolerance else f"log-probabilities differ by {error:.3g} (allowed {tolerance:.3g})"
 
 
 def flat_error(base: Any, score: Score, logits: Logits) -> str | None:
-    """How far two packed segments are from each alone; None where they agree.
+    """How far two packed segments are from each alone in their log-probabilities; None where they agree."""
+    return packed_error(base, score, lambda segment: _own_logp(logits, segment))
+
+
+def packed_error(base: Any, score: Score, alone: Alone) -> str | None:
+    """How far `score` of two packed segments is from each `alone`; None where they agree.
 
     The limit is a share of what a full leak does to this model, so that it also holds for weights near their start.
     """
-    first, second = _segments(base)
-    alone, size = zip(*(_own_logp(logits, segment) for segment in (first, second)), strict=True)
-    joined, _ = _own_logp(logits, torch.cat([first, second]))
+    first, second = random_segments(base)
+    own, size = zip(*(alone(segment) for segment in (first, second)), strict=True)
+    joined, _ = alone(torch.cat([first, second]))
     try:
-        found = score(_batch([first, second]))
+        found = score(batch_of([first, second]))
     except Exception as error:  # whatever a model does with a mask it does not know
         return f"{type(error).__name__}: {error}"
     half = base.get_input_embeddings().weight.dtype.itemsize < 4
     # in half precision an expert may flip for single tokens: a leak between segments moves most of them
     worst = torch.median if half else torch.max
-    leak = worst((joined[-len(alone[1]) :] - alone[1]).abs()).item()
-    error = worst((found[-len(alone[1]) :] - alone[1]).abs()).item()
+    leak = worst((joined[-len(own[1]) :] - own[1]).abs()).item()
+    error = worst((found[-len(own[1]) :] - own[1]).abs()).item()
     if not half:
-        error = max(error, (found[: len(alone[0])] - alone[0]).abs().max().item())
+        error = max(error, (found[: len(own[0])] - own[0]).abs().max().item())
     limit = min(_limit(base, max(size), TOLERANCE), SHARE_OF_LEAK * leak)
     limit = max(limit, _limit(base, max(size), ROUNDING))
     return None if error <= limit else f"two packed sequences differ from each alone by {error:.3g} nats"
 
 
-def _segments(base: Any) -> list[Tensor]:
+def random_segments(base: Any) -> list[Tensor]:
     """Random ids, without those that have a meaning to the model (an image token asks for an image)."""
     rows = base.get_input_embeddings().weight.shape[0]
     fields = base.config.to_dict().items()
@@ -82,14 +88,14 @@ def _segments(base: Any) -> list[Tensor]:
     return list(ids.to(base.device).split(LENGTHS))
 
 
-def _batch(segments: list[Tensor]) -> TokenBatch:
+def batch_of(segments: list[Tensor]) -> TokenBatch:
     """A flat batch of `segments` with every token but the first of each scored."""
     return collate_flat([s.tolist() for s in segments]).to(segments[0].device)
 
 
 def _own_logp(logits: Logits, segment: Tensor) -> tuple[Tensor, float]:
     """Log-probabilities of `segment` after its first token from ordinary logits, and the largest logit."""
-    found = logits(_batch([segment]))[0, -len(segment) :]  # a soft prompt stands before it
+    found = logits(batch_of([segment]))[0, -len(segment) :]  # a soft prompt stands before it
     found = found.to(torch.promote_types(found.dtype, torch.float32))
     logp = found[:-1].log_softmax(-1).gather(1, segment[1:, None])[:, 0]
     return logp, found.abs().max().item()

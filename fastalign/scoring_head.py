@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from .flat_attention import flat_batch
 
+CLASSIFIERS = ("score", "classifier")  # what Transformers calls the heads of classification models
+
 
 @dataclass
 class ScoringRequest:
@@ -25,10 +27,12 @@ class ScoringRequest:
     source: Tensor  # (N,) int64, positions in the flattened input
     targets: Tensor  # (N,) int64
     length: int  # tokens of one row of the input: T, or L where padded
-    mode: str  # "loss" (of `op`), "deferred" (statistics with gradient), "stats" (without)
+    mode: (
+        str  # "loss" (of `op`), "deferred" (statistics with gradient), "stats" (without), "scores" (`op` of the head)
+    )
     outputs: tuple[str, ...]
     form: LogitForm
-    op: Any = None  # op(hidden (N, D), weight, bias=, form=, low_rank=) -> (0-dim loss, anything)
+    op: Any = None  # op(hidden (N, D), weight, bias=, form=, low_rank=) or op(hidden, head) -> (0-dim loss, anything)
     heads: frozenset[int] = frozenset()  # ids of the modules that may answer
     result: Any = None  # what `op` gave beside the loss
     num_calls: int = field(default=0, init=False)
@@ -55,6 +59,8 @@ class ScoringHead:
         if request is None or id(self) not in request.heads:
             ordinary: Any = super()
             return ordinary.forward(hidden, *args, **kwargs)
+        if request.mode == "scores":
+            return _answer_scores(request, hidden, super().forward)  # pyright: ignore
         return _answer(self, request, hidden)  # pyright: ignore
 
     def __reduce_ex__(self, protocol):
@@ -82,9 +88,7 @@ def attach_heads(model: Any) -> frozenset[int]:
         raise ValueError(
             f"{type(model).__name__} has no output embedding; load a model for causal language modelling."
         )
-    modules = [head]
-    if hasattr(head, "modules_to_save") and hasattr(head, "original_module"):  # a full copy trained beside an adapter
-        modules = [head.original_module, *head.modules_to_save.values()]
+    modules = _copies(head)
     if hasattr(head, "token_adapter"):  # PEFT's trainable tokens: the wrapper calls the adapter's own forward
         modules = [head.token_adapter, head.token_adapter.get_base_layer()]
     for module in modules:
@@ -97,6 +101,23 @@ def attach_heads(model: Any) -> frozenset[int]:
             )
         module.__class__ = _scoring_class(type(module))
     return frozenset(id(module) for module in modules)
+
+
+def attach_classifier(model: Any) -> frozenset[int]:
+    """`attach_heads` for the head of a classification model, `score` or `classifier`; empty where it has none."""
+    head = next((found for name in CLASSIFIERS if (found := getattr(model, name, None)) is not None), None)
+    modules = [] if head is None else _copies(head)
+    for module in modules:
+        if not isinstance(module, ScoringHead):
+            module.__class__ = _scoring_class(type(module))
+    return frozenset(id(module) for module in modules)
+
+
+def _copies(head: Any) -> list[Any]:
+    """The head, or where a full copy of it is trained beside an adapter, all that may be called in its place."""
+    if hasattr(head, "modules_to_save") and hasattr(head, "original_module"):
+        return [head.original_module, *head.modules_to_save.values()]
+    return [head]
 
 
 def _is_peft(module: nn.Module, tuner: str) -> bool:
@@ -128,6 +149,16 @@ def _answer(module: nn.Module, request: ScoringRequest, hidden: Tensor) -> Tenso
             stats = score(rows, weight, request.targets, outputs=request.outputs, **options)
     columns = [getattr(stats, name) for name in request.outputs]
     return torch.cat([column.to(stats.logp.dtype) for column in columns]).reshape(1, 1, -1).clone()
+
+
+@torch.compiler.disable
+def _answer_scores(request: ScoringRequest, hidden: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
+    """(B, L, 1) views of one loss, so that whatever position the model pools, it finds the loss there."""
+    request.num_calls += 1
+    rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, request.source)
+    with scoring(None):
+        loss, request.result = request.op(rows, head)
+    return loss.reshape(1, 1, 1).expand(*hidden.shape[:-1], 1)
 
 
 def unpack_stats(result: Tensor, outputs: tuple[str, ...]) -> TokenStats:

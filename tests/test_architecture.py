@@ -22,7 +22,7 @@ LAYERS = [
     ["fastalign.data"],
     ["fastalign.config", "fastalign.config_groups", "fastalign.metrics", "fastalign.models", "fastalign.adapters"],
     ["fastalign.logit_form", "fastalign.scoring_head", "fastalign.flat_attention", "fastalign.patch"],
-    ["fastalign.policy_check", "fastalign.policy"],
+    ["fastalign.policy_check", "fastalign.policy", "fastalign.reward_head"],
     ["fastalign.loop"],
     ["fastalign.given_data", "fastalign.rollout", "fastalign.pairs", "fastalign.reference"],
     ["fastalign.trainers"],
