@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from dataclasses import dataclass
 from typing import Any
 
 from .config import arg
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -75,6 +78,34 @@ class LengthArgs:
             deprecated("`truncation_mode='keep_end'` is deprecated.")
         if self.pad_token is not None:
             deprecated("`pad_token` is deprecated; set `tokenizer.pad_token` and pass it as `processing_class`.")
+
+
+@dataclass
+class CausalOnlyArgs:
+    """Fields of TRL's trainers that also take models with an encoder, or sample while they evaluate."""
+
+    max_completion_length: int | None = arg(
+        None, "Longest completion, in tokens, of a model with an encoder; without effect, as in TRL, on all others."
+    )
+    generate_during_eval: bool = arg(False, "Not supported: sample from the policy while evaluating.")
+    is_encoder_decoder: bool | None = arg(None, "Not supported: the model has an encoder.")
+
+    def check_causal_only(self) -> None:
+        """Refuse what is not supported (ValueError), warn of what has no effect."""
+        if self.generate_during_eval:
+            raise ValueError(
+                "`generate_during_eval=True` is not supported: set it to False and sample from saved checkpoints."
+            )
+        if self.is_encoder_decoder:
+            raise ValueError(
+                "`is_encoder_decoder=True` is not supported: only causal language models are trained. Leave it unset."
+            )
+        if self.max_completion_length is not None:
+            logger.warning(
+                "`max_completion_length=%d` has no effect on causal language models: `max_length` limits prompt and "
+                "completion together.",
+                self.max_completion_length,
+            )
 
 
 def one_of(config, name: str, allowed: tuple) -> None:
