@@ -1,4 +1,4 @@
-"""What trainers on pairs of answers share: settings, lengths of rows, the loss of a batch of pairs, and its metrics."""
+"""What trainers on pairs of answers share: settings, lengths of rows, the loss of a batch, and its metrics."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def pair_loss(
             hidden,
             weight,
             batch.targets,
-            batch.row,
+            batch.row if batch.host_row is None else batch.host_row,
             num_pairs=num_pairs,
             loss=loss,
             scored=batch.extras.get("scored"),

@@ -221,7 +221,7 @@ class Reference:
 
 def answer_logps(batch: TokenBatch, logp: Tensor, per_group: int = 1, *, ld_alpha: float | None = None) -> Tensor:
     """(R,) sums of logp (N,) over each sequence of `batch`; LD-DPO fades the tail of a group's longer answers."""
-    rows = batch.row
+    rows = batch.row if batch.host_row is None else batch.host_row
     num_groups = batch.extras["lengths"].numel() // per_group
     answers = Answers(logp[:, None], rows, num_groups, per_group, False, None)
     if ld_alpha is not None:

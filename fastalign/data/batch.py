@@ -36,6 +36,7 @@ class TokenBatch:
     prefix: Tensor | None = None  # (S,) int32, segment that segment s continues, or -1; None: no segment has a prefix
     model_inputs: dict[str, Tensor] = field(default_factory=dict)  # passed to the model (pixel_values, ...)
     extras: dict[str, Tensor] = field(default_factory=dict)  # for the loss alone (margins, labels, reference logps)
+    host_row: Tensor | None = None  # `row` as it was before the batch went to a device: reading it does not wait
 
     @property
     def num_scored(self) -> int:
@@ -47,18 +48,25 @@ class TokenBatch:
         return self.cu_seqlens.shape[0] - 1
 
     @property
+    def num_rows(self) -> int:
+        """Number of sequences, counted once each where several share a prefix."""
+        return self.extras["lengths"].numel() if "lengths" in self.extras else self.num_segments
+
+    @property
     def is_padded(self) -> bool:
         return self.attention_mask is not None
 
     def _map(self, fn) -> TokenBatch:
-        changed = {f.name: fn(v) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        names = [f.name for f in fields(self) if f.name != "host_row"]
+        changed: dict = {name: fn(v) for name in names if isinstance(v := getattr(self, name), Tensor)}
         for name in ("model_inputs", "extras"):
             changed[name] = {k: fn(v) for k, v in getattr(self, name).items()}
         return replace(self, **changed)
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> TokenBatch:
-        """The same batch on `device`."""
-        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
+        """The same batch on `device`; `host_row` keeps `row`."""
+        moved = self._map(lambda t: t.to(device, non_blocking=non_blocking))
+        return replace(moved, host_row=self.row if self.host_row is None else self.host_row)
 
     def pin_memory(self) -> TokenBatch:
         """The same batch in page-locked memory (called by `DataLoader(pin_memory=True)`)."""

@@ -21,8 +21,7 @@ from transformers.trainer_utils import (
 )
 
 from ..data.batch import TokenBatch
-from ..data.collate import TokenCollator
-from .batching import StepSampler, make_loader
+from .batching import StepSampler, make_loader, reads_arrow
 from .distributed import is_fsdp, prepare_model, use_precision
 from .model_inputs import labels_of
 from .optimization import watched_metric
@@ -35,7 +34,7 @@ def eval_loader(trainer, dataset, wants_logits: bool):
         return loaders[key][0]
     collator = trainer.data_collator
     packed = "seq_lengths" in (getattr(dataset, "column_names", None) or ())
-    if wants_logits and isinstance(collator, TokenCollator) and collator.flat and not packed:
+    if wants_logits and reads_arrow(collator) and collator.flat and not packed:
         collator = copy.copy(collator)
         collator.flat = False
     loader = make_loader(trainer, dataset, trainer.args.eval_batch_size, training=False, collator=collator)
@@ -133,7 +132,7 @@ def _examples_per_rank(trainer, loader, number: int, inputs: Any) -> list[int]:
         size = sampler.batch_size
         starts = [(number * sampler.world + rank) * size for rank in range(sampler.world)]
         return [min(max(sampler.num_rows - start, 0), size) for start in starts]
-    size = inputs.num_segments if isinstance(inputs, TokenBatch) else find_batch_size(inputs)
+    size = inputs.num_rows if isinstance(inputs, TokenBatch) else find_batch_size(inputs)
     return [size or trainer.args.eval_batch_size] * trainer.world
 
 

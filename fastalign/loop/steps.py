@@ -126,11 +126,11 @@ def num_items_in_step(trainer, batches: list) -> int | Tensor | None:
 
 
 def mean_shares(trainer, batches: list) -> list[float]:
-    """Weight of each micro-batch's mean loss: equal, or by segments where the token budget makes them differ."""
+    """Weight of each micro-batch's mean loss: equal, or by sequences where the token budget makes them differ."""
     if trainer.args.token_budget is None:
         return [1 / len(batches)] * len(batches)
-    segments = [batch.num_segments for batch in batches]
-    return [n / sum(segments) for n in segments]
+    rows = [batch.num_rows for batch in batches]
+    return [n / sum(rows) for n in rows]
 
 
 def refuse_non_finite(trainer, loss: Tensor) -> None:
