@@ -60,13 +60,15 @@ class Encoder:
 
     # Texts
 
-    def texts(self, texts: Sequence[str]) -> Tokens:
-        """Ids of each text, with what the tokenizer puts around it (BOS, ...)."""
+    def texts(self, texts: Sequence[str], special_tokens: bool = True) -> Tokens:
+        """Ids of each text, with what the tokenizer puts around it (BOS, ...) unless not `special_tokens`."""
         if self._fast_texts:
-            return self._fast_texts(texts, special_tokens=True)[0]
+            return self._fast_texts(texts, special_tokens=special_tokens)[0]
+        options = {} if special_tokens else {"add_special_tokens": False}
+        encoded = [self.processing_class(text=text, **options)["input_ids"] for text in texts]
         if isinstance(self.processing_class, ProcessorMixin):
-            return Tokens.of([_plain(self.processing_class(text=text)["input_ids"][0]) for text in texts])
-        return Tokens.of([self.processing_class(text=text)["input_ids"] for text in texts])
+            return Tokens.of([_plain(ids[0]) for ids in encoded])
+        return Tokens.of(encoded)
 
     # Conversations
 
@@ -162,11 +164,12 @@ class Encoder:
         completions: Sequence[Sequence[Any]],
         settings: Sequence[dict[str, Any]] | None = None,
         marks: bool = False,
+        special_tokens: bool = True,
     ) -> Completions:
         """Encode B prompts, and each of them followed by each of K completions (K lists of B).
 
-        Texts or messages. The completion starts where the ids of the prompt alone and of the whole part, which is not
-        always behind the prompt; then a warning is given once.
+        Messages, or texts (`special_tokens` as in `texts`). The completion starts where the ids of the prompt alone
+        and of the whole part, which is not always behind the prompt; then a warning is given once.
         """
         is_text = bool(prompts) and isinstance(prompts[0], str)
         if not is_text:
@@ -180,7 +183,7 @@ class Encoder:
         columns = [[p + c for p, c in zip(prompts, column, strict=True)] for column in completions]
         masks: list[Any] = []
         if is_text:
-            alone, wholes = self.texts(prompts), [self.texts(column) for column in columns]
+            alone, *wholes = (self.texts(column, special_tokens) for column in (prompts, *columns))
         elif marks or not self.is_fast:
             alone, _ = self.conversations(prompts, settings, generation_prompt=True)
             pairs = [self.conversations(column, settings, marks=marks) for column in columns]

@@ -198,7 +198,8 @@ class UnpairedCollator(AnswerCollator):
 
     def __init__(self, *, kl: bool = False, **options: Any):
         answers = ("completion", "kl_completion") if kl else ("completion",)
-        super().__init__(answers, **({"extras": ("label", "ref_logps", "ref_kl_logps")} | options))
+        options.setdefault("extras", ("label", "ref_logps", "ref_kl_logps"))
+        super().__init__(answers, **options)
         self.num_counted = 1
 
 
@@ -282,10 +283,11 @@ def _bounds(lengths: np.ndarray) -> np.ndarray:
 
 def _columns(rows: pa.Table | list[dict], names: tuple[str, ...]) -> dict[str, Any]:
     """The columns of `names` that the rows have."""
-    if not isinstance(rows, pa.Table) and rows and isinstance(rows[0], pa.Table):
-        rows = pa.concat_tables(rows)
-    if isinstance(rows, pa.Table):
-        return {name: rows.column(name) for name in names if name in rows.column_names}
+    table: Any = rows if isinstance(rows, pa.Table) else None
+    if table is None and rows and isinstance(rows[0], pa.Table):
+        table = pa.concat_tables(rows)
+    if table is not None:
+        return {name: table.column(name) for name in names if name in table.column_names}
     found = {name for row in rows for name in row}
     return {name: [row.get(name) for row in rows] for name in names if name in found}
 

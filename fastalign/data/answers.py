@@ -1,0 +1,290 @@
+"""Batches of rows with a prompt and its answers to token ids: the step that preference data are prepared with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from fastalign import _native
+
+from .bad_rows import CUT, EMPTY, EQUAL, MISSING, NO_TOKENS, OTHER_PROMPT, TOO_LONG, UNUSABLE
+from .encode import Encoder, row_settings
+from .formats import column_names, extract_prompt, is_conversational, maybe_convert_to_chatml
+from .masks import Tokens, bounds, common_prefix_lengths, flat_column
+
+PASSED = ("margin", "ref_chosen_logps", "ref_rejected_logps", "ref_logps", "ref_kl_logps")  # columns kept, fp32
+NOTES = ("problems", "row")  # columns beside those of the result: flags of `bad_rows`, and numbers of the rows
+
+
+@dataclass
+class AnswerTokenizer:
+    """Turns a batch of raw rows into the columns of the result and `NOTES`; called by `Dataset.map`."""
+
+    encoder: Encoder
+    kind: str  # tokens, text or messages
+    answers: tuple[str, ...]
+    prompt: str | None  # its column; None: the prompt is what the answers begin with
+    columns: list[str]
+    sharegpt: bool = False  # messages are `from`/`value`
+    max_length: int | None = None  # tokens
+    truncation_mode: str = "keep_start"
+    bos_and_eos: bool = False
+    unpaired: bool = False  # a row of the result has one answer and a label
+    whole: bool = False  # answers are sequences that are read as a whole
+
+    @classmethod
+    def of(cls, dataset, row: dict[str, Any], processing_class, answers, chat_template, name: str) -> AnswerTokenizer:
+        """For data that look like `row`."""
+        encoder, columns = Encoder(processing_class, chat_template), column_names(dataset)
+        if ids_column(columns, answers[0]):
+            return cls(encoder, "tokens", answers, ids_column(columns, "prompt"), columns)
+        answer = row[answers[0]]
+        sharegpt = "from" in (answer if isinstance(answer, dict) else answer[0] if isinstance(answer, list) else ())
+        messages = sharegpt or is_conversational({"chosen": answer})
+        prompt = "conversations" if sharegpt and "prompt" not in row else "prompt"
+        if prompt not in row or isinstance(row[prompt], list) != messages:
+            prompt = None
+        if len(answers) == 1 and prompt is None:
+            raise ValueError(f"The {name} dataset needs a column `prompt` of the same kind as `{answers[0]}`.")
+        if not messages and _tokenizer(encoder).eos_token is None:
+            raise ValueError("The tokenizer has no `eos_token` to end the answers with. Set `tokenizer.eos_token`.")
+        return cls(encoder, "messages" if messages else "text", answers, prompt, columns, sharegpt)
+
+    def __call__(self, batch: Mapping[str, Any] | pa.Table, indices: list[int]) -> pa.Table:
+        """Arrow table with as many rows as the batch, twice as many where pairs become unpaired."""
+        problems = np.zeros(len(indices), np.int32)
+        wholes, starts = (self._given if self.kind == "tokens" else self._encoded)(batch, problems)
+        used = np.flatnonzero(problems & UNUSABLE == 0)
+        if len(wholes) > 1 and not self.unpaired:
+            problems[used] |= EQUAL * _equal(wholes[0], wholes[1])
+        prompts = [_part(tokens, None, start) for tokens, start in zip(wholes, starts, strict=True)]
+        answers = [_part(tokens, start, None) for tokens, start in zip(wholes, starts, strict=True)]
+        if self.bos_and_eos and self.kind != "tokens":
+            prompts, answers = [self._with_bos(p) for p in prompts], [self._with_eos(a) for a in answers]
+        columns = {}
+        if self.unpaired:
+            problems = np.tile(problems, len(wholes))
+            used = np.concatenate([used + i * len(indices) for i in range(len(wholes))])
+            prompts, answers = [Tokens.joined(prompts)], [Tokens.joined(answers)]
+            columns["label"] = self._labels(batch, problems)
+        answers = self._limited(prompts[0], answers, problems, used)
+        names = ["completion"] if self.unpaired else self.answers
+        for name, tokens in zip(["prompt", *names], [prompts[0], *answers], strict=True):
+            columns[f"{name}_ids"] = _lists(tokens, used, len(problems))
+        copies = len(problems) // max(len(indices), 1)
+        for name in PASSED:
+            if name in self.columns:
+                columns[name] = pa.array(_values(batch, name) * copies).cast(pa.float32())
+        columns["problems"] = pa.array(problems)
+        columns["row"] = pa.array(np.tile(np.asarray(indices, np.int64), copies))
+        return pa.table(columns)
+
+    # Rows to whole sequences, and where the answers start in them; for the rows that are not unusable
+
+    def _given(self, batch: Any, problems: np.ndarray) -> tuple[list[Tokens], list[np.ndarray]]:
+        names = [ids_column(self.columns, name) for name in self.answers]
+        arrays = [_arrow(batch, name) for name in ([self.prompt] if self.prompt else []) + names]
+        for array in arrays:
+            problems[array.is_null().to_numpy(zero_copy_only=False)] |= MISSING
+        self._labels(batch, problems)
+        there = pa.array(problems == 0)
+        found = [Tokens(*flat_column(array.filter(there), "ids")) for array in arrays]
+        if self.prompt is None:
+            return found, self._common_starts(found)
+        prompt, answers = found[0], found[1:]
+        wholes = [_joined([prompt, answer]) for answer in answers]
+        return wholes, self._common_starts(wholes) if self.whole else [prompt.lengths] * len(wholes)
+
+    def _encoded(self, batch: Any, problems: np.ndarray) -> tuple[list[Tokens], list[np.ndarray]]:
+        columns = [_values(batch, name) for name in self.answers]
+        empty: Any = [] if self.kind == "messages" else ""
+        prompts = _values(batch, self.prompt) if self.prompt else [empty] * len(problems)
+        if self.sharegpt:
+            prompts, *columns = ([_chatml(value) for value in column] for column in (prompts, *columns))
+        self._mark_missing(prompts, columns, problems)
+        if self.unpaired and len(columns) == 1:
+            self._labels(batch, problems)
+        if self.prompt is None and not self.whole:
+            self._take_prompts(prompts, columns, problems)
+        used = np.flatnonzero(problems & UNUSABLE == 0)
+        for column in columns:
+            problems[[i for i in used if _says_nothing(column[i])]] |= EMPTY
+        prompts, *columns = ([column[i] for i in used] for column in (prompts, *columns))
+        settings = None
+        if self.kind == "messages":
+            given = (_values(batch, c) if c in self.columns else None for c in ("tools", "chat_template_kwargs"))
+            settings = row_settings(len(used), *([c[i] for i in used] if c else None for c in given))
+        elif not self.bos_and_eos:
+            end = _tokenizer(self.encoder).eos_token
+            columns = [[text if text.endswith(end) else text + end for text in column] for column in columns]
+        if not len(used):
+            return [Tokens.of([]) for _ in columns], [np.zeros(0, np.int64) for _ in columns]
+        return self._sequences(prompts, columns, settings)
+
+    def _sequences(self, prompts: list, columns: list[list], settings) -> tuple[list[Tokens], list[np.ndarray]]:
+        if not self.whole:
+            made = self.encoder.completions(prompts, columns, settings, special_tokens=not self.bos_and_eos)
+            starts = made.prompt_lengths
+            return made.wholes, starts if self.unpaired else [np.minimum.reduce(starts)] * len(starts)
+        joined = [[p + a for p, a in zip(prompts, column, strict=True)] for column in columns]
+        if self.kind == "text":
+            wholes = [self.encoder.texts(column) for column in joined]
+        else:
+            wholes = [self.encoder.conversations(column, settings)[0] for column in joined]
+        return wholes, self._common_starts(wholes)
+
+    @staticmethod
+    def _common_starts(wholes: list[Tokens]) -> list[np.ndarray]:
+        """Tokens that the sequences of a row begin with, of each at least one left over."""
+        common = [common_prefix_lengths(wholes[0], other) for other in wholes[1:]]
+        common += [tokens.lengths - 1 for tokens in wholes]
+        return [np.maximum(np.minimum.reduce(common), 0)] * len(wholes)
+
+    def _mark_missing(self, prompts: list, columns: list[list], problems: np.ndarray) -> None:
+        if self.kind == "text":
+            fits = [all(isinstance(value, str) for value in row) for row in zip(prompts, *columns, strict=True)]
+        else:
+            fits = [
+                all(_are_messages(value) for value in row) and bool(row[0] or not self.prompt)
+                for row in zip(prompts, *columns, strict=True)
+            ]
+        problems[~np.array(fits, bool)] |= MISSING
+
+    def _take_prompts(self, prompts: list, columns: list[list], problems: np.ndarray) -> None:
+        """Fill `prompts` with what the answers begin with, and take it off the answers, in place."""
+        for i in np.flatnonzero(problems == 0):
+            split = extract_prompt({"chosen": columns[0][i], "rejected": columns[1][i]})
+            prompt: Any = split["prompt"]
+            if (self.kind == "messages" and not prompt) or any(c[i][: len(prompt)] != prompt for c in columns):
+                problems[i] |= OTHER_PROMPT
+                continue
+            prompts[i] = prompt
+            for column in columns:
+                column[i] = column[i][len(prompt) :]
+
+    def _labels(self, batch: Any, problems: np.ndarray) -> pa.Array | None:
+        """Column `label` of the result, for `problems` of all its rows; rows without one are marked."""
+        if not self.unpaired:
+            return None
+        if len(self.answers) == 2:
+            return pa.array(np.repeat([True, False], len(problems) // 2))
+        labels = _arrow(batch, "label").cast(pa.bool_())
+        problems[labels.is_null().to_numpy(zero_copy_only=False)] |= MISSING
+        return labels.fill_null(False)
+
+    # Sequences to what fits
+
+    def _with_bos(self, prompts: Tokens) -> Tokens:
+        bos = _tokenizer(self.encoder).bos_token_id
+        if bos is None:
+            return prompts
+        edges = bounds(prompts.lengths)[:-1]
+        has = prompts.lengths > 0
+        has[has] = prompts.ids[edges[has]] == bos
+        return _joined([_constant(bos, ~has), prompts])
+
+    def _with_eos(self, answers: Tokens) -> Tokens:
+        eos = _tokenizer(self.encoder).eos_token_id
+        ends = bounds(answers.lengths)[1:] - 1
+        has = answers.lengths > 0
+        has[has] = answers.ids[ends[has]] == eos
+        return _joined([answers, _constant(eos, ~has)])
+
+    def _limited(self, prompts: Tokens, answers: list[Tokens], problems: np.ndarray, used: np.ndarray) -> list[Tokens]:
+        """The answers as `max_length` leaves them, and problems marked that show here."""
+        for tokens in answers:
+            problems[used] |= NO_TOKENS * (tokens.lengths == 0)
+        if self.max_length is None:
+            return answers
+        longest = prompts.lengths + np.maximum.reduce([tokens.lengths for tokens in answers])
+        over = longest > self.max_length
+        if self.whole:
+            problems[used] |= TOO_LONG * over
+            return answers
+        problems[used] |= CUT * over
+        if self.truncation_mode == "keep_end":
+            return answers
+        room = np.maximum(self.max_length - prompts.lengths, 0)
+        problems[used] |= TOO_LONG * (room == 0)
+        if self.unpaired or not over.any():
+            return answers
+        return [_part(tokens, None, np.minimum(tokens.lengths, room)) for tokens in answers]
+
+
+def ids_column(columns: list[str], name: str) -> str | None:
+    return next((found for found in (f"{name}_ids", f"{name}_input_ids") if found in columns), None)
+
+
+def _tokenizer(encoder: Encoder) -> Any:
+    return getattr(encoder.processing_class, "tokenizer", encoder.processing_class)
+
+
+def _values(batch: Any, name: str) -> list[Any]:
+    column = batch[name]
+    return column.to_pylist() if isinstance(column, pa.ChunkedArray) else list(column)
+
+
+def _arrow(batch: Any, name: str) -> pa.Array:
+    column = batch[name]
+    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else pa.array(column)
+
+
+def _chatml(value: Any) -> Any:
+    """Messages of `from` and `value`, or one such message, as a list of `role` and `content`."""
+    return maybe_convert_to_chatml({"messages": [value] if isinstance(value, dict) else value})["messages"]
+
+
+def _are_messages(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(message, dict) and message.get("role") for message in value)
+
+
+def _says_nothing(answer: Any) -> bool:
+    if isinstance(answer, str):
+        return not answer
+    return not any(m.get("content") or m.get("tool_calls") for m in answer)
+
+
+# Flat rows of tokens
+
+
+def _joined(parts: list[Tokens]) -> Tokens:
+    """Row r of every part, one behind the other."""
+    starts = np.stack([bounds(part.lengths)[:-1] for part in parts], 1)
+    lengths = np.stack([part.lengths for part in parts], 1)
+    return _gathered(parts, starts, lengths)
+
+
+def _part(tokens: Tokens, start: np.ndarray | None, stop: np.ndarray | None) -> Tokens:
+    """Every row from `start` to `stop`, (R,) each."""
+    first = np.zeros_like(tokens.lengths) if start is None else start
+    lengths = (tokens.lengths if stop is None else stop) - first
+    return _gathered([tokens], (bounds(tokens.lengths)[:-1] + first)[:, None], lengths[:, None])
+
+
+def _gathered(parts: list[Tokens], starts: np.ndarray, lengths: np.ndarray) -> Tokens:
+    """Row r: of each part p, (R, p) `lengths` of its ids from `starts`."""
+    ids = np.empty(int(lengths.sum()), np.int32)
+    part = np.tile(np.arange(len(parts), dtype=np.int32), len(lengths))
+    _native.gather([p.ids for p in parts], part, starts.ravel(), lengths.ravel(), ids)
+    return Tokens(ids, lengths.sum(1))
+
+
+def _constant(token: int, where: np.ndarray) -> Tokens:
+    """One token in the rows where `where`, none in the others."""
+    return Tokens(np.full(int(where.sum()), token, np.int32), where.astype(np.int64))
+
+
+def _equal(tokens: Tokens, other: Tokens) -> np.ndarray:
+    """(R,) bool: rows that are the same."""
+    return (tokens.lengths == other.lengths) & (common_prefix_lengths(tokens, other) == tokens.lengths)
+
+
+def _lists(tokens: Tokens, used: np.ndarray, rows: int) -> pa.ListArray:
+    """A column of `rows` lists: those of `tokens` in the rows `used`, empty ones elsewhere."""
+    lengths = np.zeros(rows, np.int64)
+    lengths[used] = tokens.lengths
+    return pa.ListArray.from_arrays(pa.array(bounds(lengths).astype(np.int32)), pa.array(tokens.ids))
