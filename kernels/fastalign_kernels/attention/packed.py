@@ -3,6 +3,7 @@
 For query i and key j of one segment, s_ij = scale q_i.k_j, soft-capped where asked for as c tanh(s_ij / c), and
     out_i = sum_j exp(s_ij) v_j / (sum_j exp(s_ij) + exp(sink))
 over the j that i sees: j <= i if causal, i - j < window if there is a window; a sink is one number per head (GPT-OSS).
+Segments may share a prefix: i sees all of it too, as far as the window reaches, as if it stood right before them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import device
+from .cascade import cascade_attention, fits_cascade
 from .segments import Segments
 
 logger = logging.getLogger(__name__)
@@ -21,18 +23,32 @@ _said: set[str] = set()
 
 
 def packed_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, scale, causal=True, window=None, softcap=None, sinks=None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    scale,
+    causal=True,
+    window=None,
+    softcap=None,
+    sinks=None,
+    prefix: Tensor | None = None,  # (S,), see `Segments`
 ) -> Tensor:
     """The same in plain torch with one mask over the whole row (T x T memory): the oracle of the tests."""
     num_tokens, repeats = q.shape[0], q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
     position = torch.arange(num_tokens, device=q.device)
     number = torch.bucketize(position, cu_seqlens[1:], right=True)
-    distance = position[:, None] - position[None, :]
     seen = number[:, None] == number[None, :]
     if causal:
-        seen &= distance >= 0
+        seen &= position[:, None] >= position[None, :]
+    if prefix is not None:
+        parent = prefix.long()[number]
+        seen |= parent[:, None] == number[None, :]
+        position = position - cu_seqlens[number] + torch.where(parent >= 0, cu_seqlens.diff()[parent], 0)
     if window is not None:
+        distance = position[:, None] - position[None, :]
         seen &= distance < window
     scores = torch.einsum("qhd,khd->hqk", q, k) * scale
     if softcap is not None:
@@ -88,19 +104,30 @@ def segment_attention(q, k, v, segments: Segments, *, scale, causal, window, sof
     lengths = [piece.length for piece in pieces]
     outs = []
     # split and cat, not slices: the backward of a slice writes the whole row once per segment
-    for piece, *qkv in zip(pieces, q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
+    qs_of, ks_of, vs_of = (x.split(lengths) for x in (q, k, v))
+    for piece, *qkv in zip(pieces, qs_of, ks_of, vs_of, strict=True):
+        if piece.before is not None:
+            number, start, stop = piece.before
+            qkv[1:] = (torch.cat([of[number][start:stop], x]) for of, x in zip((ks_of, vs_of), qkv[1:], strict=True))
         qs, ks, vs = (x.transpose(0, 1) for x in qkv)  # (H, L, K)
         if len(piece.tiles) == 1:
             outs.append(_attend(qs, ks, vs, piece.tiles[0].mask, **how).transpose(0, 1))
             continue
         for tile in piece.tiles:
-            rows, keys = slice(tile.q_start, tile.q_stop), slice(tile.k_start, tile.q_stop)
+            rows, keys = slice(tile.q_start, tile.q_stop), slice(tile.k_start, tile.k_stop)
             outs.append(_attend(qs[:, rows], ks[:, keys], vs[:, keys], tile.mask, **how).transpose(0, 1))
     return torch.cat(outs) if outs else q.new_zeros(0, q.shape[1], v.shape[-1])
 
 
-def choose_backend(q: Tensor, k: Tensor, v: Tensor, *, window=None, softcap=None, sinks=None, dropout=0.0) -> str:
-    """The back end for these inputs: "flash_attn", "varlen" or "flex" on CUDA where they fit, else "segments"."""
+def choose_backend(
+    q: Tensor, k: Tensor, v: Tensor, *, window=None, softcap=None, sinks=None, dropout=0.0, shared: bool = False
+) -> str:
+    """The back end for these inputs: "flash_attn", "varlen" or "flex" on CUDA where they fit, else "segments".
+
+    `shared`: segments have prefixes; then "cascade" wherever it fits, and windows must be those of `Segments.reach`.
+    """
+    if shared and fits_cascade(q, v, window=window, softcap=softcap, dropout=dropout):
+        return "cascade"
     if not q.is_cuda:
         return "segments"
     fits = device.fitting_backends(
@@ -133,7 +160,8 @@ def packed_attention(
     """Attention within each segment, (T, H, K_v). A query sees `window` tokens back, itself included.
 
     `segments` keeps what follows from the bounds between layers; it replaces `cu_seqlens` and `max_seqlen`.
-    Raises ValueError on shapes that do not fit, on bounds that do not end at T, on a window without `causal`.
+    Raises ValueError on shapes that do not fit, on bounds that do not end at T, on a window or a shared prefix without
+    `causal`.
     """
     if segments is None:
         if cu_seqlens is None:
@@ -146,7 +174,15 @@ def packed_attention(
         )
     if window is not None and (window < 1 or not causal):
         raise ValueError(f"window must be at least 1 and needs causal=True; found window={window}, causal={causal}.")
-    backend = choose_backend(q, k, v, window=window, softcap=softcap, sinks=sinks, dropout=dropout)
+    shared = segments.prefix is not None
+    if shared and not causal:
+        raise ValueError("segments that share a prefix need causal=True: a prefix cannot see what follows it.")
+    window = segments.reach(window)
+    backend = choose_backend(q, k, v, window=window, softcap=softcap, sinks=sinks, dropout=dropout, shared=shared)
+    if not q.is_cuda and sum(segments.lengths) != q.shape[0]:
+        raise ValueError(f"cu_seqlens must end at the {q.shape[0]} tokens of q; found {sum(segments.lengths)}.")
+    if backend == "cascade":
+        return cascade_attention(q, k, v, segments, scale=scale, sinks=sinks)
     if backend == "flash_attn":
         return device.flash_attn_attention(
             q, k, v, segments, scale=scale, causal=causal, window=window, softcap=softcap, dropout=dropout
@@ -157,8 +193,6 @@ def packed_attention(
         return device.flex_attention(
             q, k, v, segments, scale=scale, causal=causal, window=window, softcap=softcap, sinks=sinks
         )
-    if sum(segments.lengths) != q.shape[0]:
-        raise ValueError(f"cu_seqlens must end at the {q.shape[0]} tokens of q; found {sum(segments.lengths)}.")
     return segment_attention(
         q, k, v, segments, scale=scale, causal=causal, window=window, softcap=softcap, sinks=sinks, dropout=dropout
     )
