@@ -46,12 +46,24 @@ class AlignConfig(TrainingArguments):
         "auto: own on a GPU with Triton.",
         choices=["auto", "own", "liger", "hub", "none"],
     )
+    fp8: bool = arg(
+        False,
+        "Multiply in fp8 (e4m3, a scale per row) in the large linear layers of the model's body, forward and input "
+        "gradients; needs a card from Ada or Hopper on.",
+    )
+    bf16_update: str = arg(
+        "plain",
+        "How weights loaded in bfloat16 take updates smaller than their last bit: plain (lost), stochastic_rounding "
+        "(right on average, AdamW only), fp32_master (kept in an fp32 copy, 4 bytes a weight).",
+        choices=["plain", "stochastic_rounding", "fp32_master"],
+    )
 
     def __post_init__(self):
         if self.token_budget is not None and self.token_budget <= 0:
             raise ValueError(f"token_budget must be a positive number of tokens or None, found {self.token_budget}.")
         if self.kernel_backend not in ("auto", "own", "liger", "hub", "none"):
             raise ValueError(f"kernel_backend={self.kernel_backend!r}: choose auto, own, liger, hub or none.")
+        check_bf16_update(self)
         if self.use_liger_kernel and self.kernel_backend not in ("auto", "liger"):
             raise ValueError(
                 f"use_liger_kernel=True means kernel_backend='liger', but that is {self.kernel_backend!r}: set one."
@@ -64,3 +76,21 @@ class AlignConfig(TrainingArguments):
             if not (self.bf16 or self.fp16):
                 logger.info("bf16 is off: no GPU with bf16. Set bf16=True and use_cpu=True for bf16 on the CPU.")
         super().__post_init__()
+
+
+def check_bf16_update(args: AlignConfig) -> None:
+    """ValueError where `bf16_update` is unknown, or `optim` cannot do it."""
+    optim = str(getattr(args.optim, "value", args.optim))
+    if args.bf16_update not in ("plain", "stochastic_rounding", "fp32_master"):
+        raise ValueError(f"bf16_update={args.bf16_update!r}: choose plain, stochastic_rounding or fp32_master.")
+    if args.bf16_update == "stochastic_rounding" and optim not in ("adamw_torch", "adamw_torch_fused"):
+        raise ValueError(
+            "bf16_update='stochastic_rounding' is made for optim='adamw_torch' or 'adamw_torch_fused', found "
+            f"{optim!r}: choose one of them, or bf16_update='fp32_master'."
+        )
+    own_copies = ("lomo", "schedule_free", "layerwise")  # they update in the backward pass, or swap the weights
+    if args.bf16_update == "fp32_master" and any(part in optim for part in own_copies):
+        raise ValueError(
+            f"bf16_update='fp32_master' does not work with optim={optim!r}, which changes the weights outside of its "
+            "step: choose another optimizer, or bf16_update='plain'."
+        )

@@ -1,4 +1,4 @@
-"""fp8 products against their definition in fp64, and what becomes of zeros, infinities, odd sizes and frozen weights."""
+"""fp8 products against their definition in fp64; zeros, infinities, odd sizes and frozen weights."""
 
 import pytest
 import torch

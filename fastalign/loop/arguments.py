@@ -135,6 +135,12 @@ def check_inputs(trainer) -> None:
     if trainer.optimizer_cls_and_kwargs is not None and trainer.optimizer is not None:
         raise RuntimeError("Both optimizers and optimizer_cls_and_kwargs were passed: pass one of them.")
     takes = inspect.signature(trainer.compute_metrics).parameters if trainer.compute_metrics is not None else ()
+    given = trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None
+    if given and getattr(args, "bf16_update", "plain") != "plain":
+        raise ValueError(
+            f"bf16_update={args.bf16_update!r} is for an optimizer that `optim` names, but one was passed: set it to "
+            "'plain', or wrap yours in fastalign.loop.bf16_update.MasterWeights."
+        )
     if args.batch_eval_metrics and trainer.compute_metrics is not None and "compute_result" not in takes:
         raise ValueError("With batch_eval_metrics=True compute_metrics must take a `compute_result` argument.")
     if args.eval_strategy != "no" and trainer.eval_dataset is None:

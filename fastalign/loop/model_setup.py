@@ -14,6 +14,7 @@ from transformers.trainer_utils import align_special_tokens, unwrap_peft_model, 
 
 from ..data.batch import TokenBatch
 from ..patch import use_kernel_backend
+from ..precision import use_fp8
 
 
 def place_model(model: nn.Module, args, accelerator) -> nn.Module:
@@ -22,6 +23,7 @@ def place_model(model: nn.Module, args, accelerator) -> nn.Module:
         raise TypeError(f"model must be a torch.nn.Module here, found {type(model).__name__}.")
     validate_quantization_for_training(model)
     use_kernel_backend(model, args)
+    use_fp8(model, args)
     placed_elsewhere = (
         len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
         or getattr(model, "is_loaded_in_8bit", False)

@@ -15,6 +15,8 @@ from transformers.optimization import GreedyLR
 from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.trainer_pt_utils import get_parameter_names
 
+from .bf16_update import MasterWeights, check_has_bf16, stochastic_adamw
+
 logger = logging.getLogger(__name__)
 
 # parameters whose name matches are not decayed
@@ -37,11 +39,22 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def create_optimizer(trainer, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer that `args.optim` names, or `optimizer_cls_and_kwargs`."""
+    """The optimizer that `args.optim` names, or `optimizer_cls_and_kwargs`; bf16 weights as `bf16_update` says."""
     args = trainer.args
     groups: Any = parameter_groups(model, args.weight_decay)
     if not any(group["params"] for group in groups):
         raise ValueError("The model has no trainable parameter: set requires_grad, or pass a peft_config.")
+    bf16_update = getattr(args, "bf16_update", "plain")
+    if bf16_update != "plain":
+        check_has_bf16(groups, bf16_update)
+    if bf16_update == "stochastic_rounding":
+        return stochastic_adamw(groups, args)
+    optimizer = _named_optimizer(trainer, model, groups)
+    return MasterWeights(optimizer) if bf16_update == "fp32_master" else optimizer
+
+
+def _named_optimizer(trainer, model: nn.Module, groups: Any) -> torch.optim.Optimizer:
+    args = trainer.args
     if trainer.optimizer_cls_and_kwargs is not None:
         made_by, kwargs = trainer.optimizer_cls_and_kwargs
     else:
