@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 
 import torch
@@ -50,6 +51,16 @@ def add_adapter(loaded: LoadedModel, peft_config, args) -> None:
                 parameter.data = parameter.data.to(torch.bfloat16)
 
 
+def for_task(peft_config, task: str):
+    """`peft_config` as it is, or a copy for `task` ("SEQ_CLS") where it says "CAUSAL_LM"; said in the log."""
+    if getattr(peft_config, "task_type", None) != "CAUSAL_LM":
+        return peft_config
+    logger.warning("The PEFT config has task_type='CAUSAL_LM'; %r is used, which trains the new head too.", task)
+    peft_config = copy.copy(peft_config)
+    peft_config.task_type = task
+    return peft_config
+
+
 def _check_config(model, peft_config) -> None:
     try:
         from peft import PeftConfig
@@ -72,12 +83,14 @@ def _check_config(model, peft_config) -> None:
 
 def _train_added_tokens(model, peft_config, added_tokens: list[int]) -> None:
     """Let the embeddings of tokens that a cloned chat template added, and the head, be trained."""
-    embedding, head = _name_of(model, model.get_input_embeddings()), _name_of(model, model.get_output_embeddings())
+    embedding = _name_of(model, model.get_input_embeddings())
     trainable = peft_config.trainable_token_indices or {}
     trainable = trainable if isinstance(trainable, dict) else {embedding: trainable}  # a list means the embedding
     trainable[embedding] = [*trainable.get(embedding, []), *added_tokens]
     peft_config.trainable_token_indices = trainable
-    saved = list(peft_config.modules_to_save or [])
+    if model.get_output_embeddings() is None:  # it does not generate
+        return
+    head, saved = _name_of(model, model.get_output_embeddings()), list(peft_config.modules_to_save or [])
     is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight  # then PEFT trains both rows
     if head not in saved and not is_tied:
         logger.warning(

@@ -13,16 +13,13 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class ModelArgs:
-    """How the trained model is loaded and run."""
+class LoadArgs:
+    """How the trained model is loaded and run, whatever its head."""
 
     model_init_kwargs: dict[str, Any] | str | None = arg(
         None, "Keyword arguments for `from_pretrained` where the model is given by name; dtype is float32 if not set."
     )
     trust_remote_code: bool = arg(False, "Allow models and tokenizers that ship their own Python code.")
-    router_aux_loss_coef: float | None = arg(
-        None, "Weight of the mixture-of-experts balancing loss; unset: the model's own, 0: none."
-    )
     activation_offloading: bool = arg(False, "Keep activations in host memory between forward and backward.")
 
     @property
@@ -44,14 +41,20 @@ class ModelArgs:
 
 
 @dataclass
-class LengthArgs:
-    """How rows become sequences: length, truncation, padding."""
+class ModelArgs(LoadArgs):
+    """How a trained language model is loaded and run."""
+
+    router_aux_loss_coef: float | None = arg(
+        None, "Weight of the mixture-of-experts balancing loss; unset: the model's own, 0: none."
+    )
+
+
+@dataclass
+class RowArgs:
+    """How rows become sequences: length and padding."""
 
     dataset_num_proc: int | None = arg(None, "Processes that prepare the dataset; one is usually fastest.")
     max_length: int | None = arg(1024, "Longest sequence, in tokens; longer ones are truncated. None: no limit.")
-    truncation_mode: str = arg(
-        "keep_start", "Which end of a long sequence to keep.", choices=["keep_end", "keep_start"]
-    )
     pad_to_multiple_of: int | str | None = arg("auto", "Pad sequences to a multiple of this; 'auto': do not pad.")
     pad_token: str | None = arg(None, "Deprecated: set `tokenizer.pad_token`.")
 
@@ -73,11 +76,21 @@ class LengthArgs:
             )
         if self.max_length is not None and self.max_length < 1:
             raise ValueError(f"`max_length` is {self.max_length}; it must be at least 1 token, or None for no limit.")
-        one_of(self, "truncation_mode", ("keep_start", "keep_end"))
-        if self.truncation_mode == "keep_end":
-            deprecated("`truncation_mode='keep_end'` is deprecated.")
         if self.pad_token is not None:
             deprecated("`pad_token` is deprecated; set `tokenizer.pad_token` and pass it as `processing_class`.")
+        if isinstance(self, LengthArgs):
+            one_of(self, "truncation_mode", ("keep_start", "keep_end"))
+            if self.truncation_mode == "keep_end":
+                deprecated("`truncation_mode='keep_end'` is deprecated.")
+
+
+@dataclass
+class LengthArgs(RowArgs):
+    """How rows become sequences where long ones are truncated."""
+
+    truncation_mode: str = arg(
+        "keep_start", "Which end of a long sequence to keep.", choices=["keep_end", "keep_start"]
+    )
 
 
 @dataclass

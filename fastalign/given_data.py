@@ -17,7 +17,7 @@ from .data.formats import first_row, has_images
 from .loop import Trainer
 from .loop.selective import enable_selective_checkpointing
 from .models import LoadedModel, model_name, position_limit, resolve_model, router_loss_coefficient, set_pad_token
-from .policy import prepare_policy
+from .policy import PolicyInfo, prepare_policy
 
 
 class GivenDataTrainer(Trainer):
@@ -27,7 +27,9 @@ class GivenDataTrainer(Trainer):
     template, before adapters), `prepare_dataset`, `make_collator` and `compute_loss`.
     """
 
-    config_class: type[AlignConfig]  # with the fields of ModelArgs and LengthArgs
+    config_class: type[AlignConfig]  # with the fields of LoadArgs and RowArgs
+    model_kind: Any = None  # auto class of models with another head than a language model's
+    num_labels: int | None = None  # of such a model, where it is loaded by name
     args: Any
     _name = ""
     _tag_names: list[str] = []
@@ -51,7 +53,9 @@ class GivenDataTrainer(Trainer):
         if isinstance(train_dataset, IterableDataset):
             config.accelerator_config.dispatch_batches = False  # batches of ranks differ in length
         set_seed(config.seed)  # adapters start from random weights
-        self.loaded = loaded = resolve_model(model, config, quantization_config, processing_class)
+        self.loaded = loaded = resolve_model(
+            model, config, quantization_config, processing_class, self.model_kind, self.num_labels
+        )
         self.longest = position_limit(loaded.model)
         self.has_images = has_images(sample)
         reentrant = (config.gradient_checkpointing_kwargs or {}).get("use_reentrant")
@@ -60,7 +64,10 @@ class GivenDataTrainer(Trainer):
         self.check(sample)
         self.adapt()
         add_adapter(loaded, peft_config, config)
-        self.router_coefficient = router_loss_coefficient(loaded.model, config.router_aux_loss_coef)
+        has_router = hasattr(config, "router_aux_loss_coef")
+        self.router_coefficient = (
+            router_loss_coefficient(loaded.model, config.router_aux_loss_coef) if has_router else 0.0
+        )
         if data_collator is None:
             set_pad_token(loaded, config.pad_token)
         if config.selective_checkpointing:
@@ -73,7 +80,7 @@ class GivenDataTrainer(Trainer):
             processing_class=loaded.processing_class,
             **loop_arguments,
         )
-        self.policy = prepare_policy(self.model, allow_flat=not self.has_images)
+        self.policy = self.prepare_model()
         own = data_collator is None
         self.data_collator = self.make_collator() if own else BatchAdapter(data_collator, flat=self.policy.flat)
         self.model.add_model_tags(self._tag_names)
@@ -85,6 +92,10 @@ class GivenDataTrainer(Trainer):
 
     def adapt(self) -> None:
         """Change `self.loaded` before adapters are put on (tokens, chat template)."""
+
+    def prepare_model(self) -> PolicyInfo:
+        """Teach the model to score, and see whether it takes flat batches."""
+        return prepare_policy(self.model, allow_flat=not self.has_images)
 
     def prepare_dataset(self, dataset, name: str, training: bool):
         """Raw rows -> the rows that the collator takes; `name` is what progress and errors call the dataset."""

@@ -74,9 +74,10 @@ def model_class(config):
     return AutoModelForCausalLM
 
 
-def load_model(name: str, *, trust_remote_code: bool = False, **init_kwargs):
+def load_model(name: str, *, trust_remote_code: bool = False, kind=None, **init_kwargs):
     """Load `name` (Hub id or folder), in float32 unless `dtype` says otherwise.
 
+    `kind` is the class that loads it (None: the one that its config names).
     `dtype` is a `torch.dtype`, "auto", or one of "bfloat16", "float16", "float32"; anything else raises ValueError.
     """
     if os.path.isfile(os.path.join(name, "adapter_config.json")) and not os.path.isfile(
@@ -98,15 +99,19 @@ def load_model(name: str, *, trust_remote_code: bool = False, **init_kwargs):
         init_kwargs["device_map"] = None if on_host else "auto"
     revision = {"revision": init_kwargs["revision"]} if init_kwargs.get("revision") else {}
     config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **revision)
-    return model_class(config).from_pretrained(name, trust_remote_code=trust_remote_code, **init_kwargs)
+    kind = model_class(config) if kind is None else kind
+    return kind.from_pretrained(name, trust_remote_code=trust_remote_code, **init_kwargs)
 
 
-def resolve_model(model, args, quantization_config=None, processing_class=None) -> LoadedModel:
+def resolve_model(
+    model, args, quantization_config=None, processing_class=None, kind=None, num_labels: int | None = None
+) -> LoadedModel:
     """The model and processing class of a trainer, from what its constructor was given.
 
     `model` is a name, a PreTrainedModel or a PeftModel; `args` is the trainer's config (`model_init_kwargs`,
-    `trust_remote_code`). Raises ValueError where `quantization_config` is given twice, TypeError for a processing
-    class that is neither a tokenizer nor a processor.
+    `trust_remote_code`). `kind` is the auto class of a model with another head than that of a language model, which
+    is loaded with `num_labels`. Raises ValueError where `quantization_config` is given twice, TypeError for a
+    processing class that is neither a tokenizer nor a processor.
     """
     revision = None
     if isinstance(model, str):
@@ -122,7 +127,9 @@ def resolve_model(model, args, quantization_config=None, processing_class=None) 
             init_kwargs["device_map"] = None
         revision = init_kwargs.get("revision")
         trust = init_kwargs.pop("trust_remote_code", args.trust_remote_code)
-        model = load_model(model, trust_remote_code=trust, **init_kwargs)
+        if num_labels is not None:
+            init_kwargs["num_labels"] = num_labels
+        model = load_model(model, trust_remote_code=trust, kind=kind, **init_kwargs)
     else:
         ignored = {"model_init_kwargs": args.model_init_kwargs, "quantization_config": quantization_config}
         for name, value in ignored.items():
@@ -130,7 +137,7 @@ def resolve_model(model, args, quantization_config=None, processing_class=None) 
                 logger.warning(
                     f"`{name}` is ignored: the model is already instantiated. Pass the model by name to use it."
                 )
-    if model.get_output_embeddings() is None:
+    if kind is None and model.get_output_embeddings() is None:
         raise ValueError(
             f"{type(model).__name__} has no language-modelling head; use AutoModelForCausalLM, or pass its name."
         )
@@ -164,6 +171,8 @@ def set_eos_token(loaded: LoadedModel, eos_token: str | None) -> None:
     tokenizer, model = loaded.tokenizer, loaded.model
     tokenizer.eos_token = eos_token
     model.config.get_text_config().eos_token_id = tokenizer.eos_token_id
+    if model.generation_config is None:  # it does not generate
+        return
     known = model.generation_config.eos_token_id
     known = [] if known is None else [known] if isinstance(known, int) else list(known)
     if tokenizer.eos_token_id not in known:

@@ -16,7 +16,9 @@ TITLES = {
     "AlignConfig": "training loop",
     "DatasetMixtureConfig": "data",
     "LengthArgs": "sequences",
+    "LoadArgs": "model loading",
     "ModelArgs": "model loading",
+    "RowArgs": "sequences",
 }
 SECTIONS = {  # fields that the documentation of `TrainingArguments` has under no heading, or under a misleading one
     "output_dir": "Training Duration and Batch Size",
