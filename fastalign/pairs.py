@@ -21,13 +21,18 @@ SHARE_GAIN = 1.15  # prompts are shared where that saves this factor of the toke
 
 
 @dataclass
-class PairArgs(LengthArgs, ModelArgs):
+class AnswerArgs:
     """How answers to a prompt are run through the model."""
 
     disable_dropout: bool = arg(True, "Switch dropout off in the policy and in the reference.")
     share_prefix: bool | None = arg(
         None, "Compute a prompt once for all answers to it; unset: where that saves 15% of the tokens."
     )
+
+
+@dataclass
+class PairArgs(AnswerArgs, LengthArgs, ModelArgs):
+    """Settings of trainers on pairs of answers of a language model."""
 
     def check_pair_args(self) -> None:
         """The checks of both groups (ValueError)."""
