@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from fastalign_kernels.head.preference import PreferenceResult, linear_preference_loss
 from torch import Tensor, nn
 
 from .config import arg
 from .config_groups import LengthArgs, ModelArgs
 from .data.batch import TokenBatch
+from .data.dict_batches import token_batch
+from .data.pair_batches import SHARE_GAIN
 from .loop.batching import list_lengths
 from .metrics import Metrics
 from .policy import HeadLoss, head_loss
 
 OUTPUTS = ("entropy", "mean_logit", "top1")  # statistics of tokens that the metrics of pairs need
-SHARE_GAIN = 1.15  # prompts are shared where that saves this factor of the tokens
 
 
 @dataclass
@@ -35,9 +37,15 @@ class PairArgs(AnswerArgs, LengthArgs, ModelArgs):
     """Settings of trainers on pairs of answers of a language model."""
 
     def check_pair_args(self) -> None:
-        """The checks of both groups (ValueError)."""
+        """The checks of both groups, and no label smoothing over the vocabulary (ValueError)."""
+        config: Any = self
         self.check_length_args()
         self.check_model_args()
+        if config.label_smoothing_factor:
+            raise ValueError(
+                f"`label_smoothing_factor` is {config.label_smoothing_factor}, but losses of pairs have no smoothing "
+                "over the vocabulary. Set it to 0; for labels that may be wrong see `label_smoothing`."
+            )
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -46,18 +54,19 @@ def disable_dropout(model: nn.Module) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010 (nn.Module types its attributes)
 
 
 def sharing(trainer, dataset, answers: tuple[str, ...]) -> bool | str:
     """The collator's `share` for a trainer: as set; with a token budget one choice for the whole dataset.
 
+    A router's balancing loss counts the tokens of a prompt once per answer, so there prompts are not shared unasked.
     ValueError where `share_prefix=True` and the model takes padded rows.
     """
     wish, policy = trainer.args.share_prefix, trainer.policy
     if wish and not policy.flat:
         raise ValueError(f"`share_prefix=True`, but this model needs padded rows: {policy.reason}. Set it to False.")
-    if wish is not None or not policy.flat:
+    if wish is not None or not policy.flat or trainer.router_coefficient:
         return bool(wish)
     if trainer.args.token_budget is None:
         return "auto"
@@ -72,6 +81,35 @@ def group_lengths(dataset, answers: tuple[str, ...], *, flat: bool, share: bool 
     if not flat:
         return len(answers) * (prompts + lengths.max(1, initial=0))
     return prompts * (1 if share is True else len(answers)) + lengths.sum(1)
+
+
+class PairAdapter:
+    """Wraps a collator that returns TRL's dictionary, chosen rows before rejected ones, so that it returns a TokenBatch.
+
+    The dictionary needs `input_ids`, `attention_mask` and `completion_mask`, each (2B, L), or of more answers.
+    """
+
+    def __init__(self, collator, *, flat: bool, num_answers: int = 2):
+        self.collator, self.flat, self.num_answers = collator, flat, num_answers
+
+    def __call__(self, rows) -> TokenBatch:
+        """Raises TypeError for a result of another kind."""
+        made = self.collator(rows)
+        if isinstance(made, TokenBatch):
+            return made
+        if not hasattr(made, "keys") or not {"input_ids", "completion_mask"} <= set(made):
+            found = sorted(made) if hasattr(made, "keys") else type(made).__name__
+            raise TypeError(
+                f"`data_collator` must return a dictionary with `input_ids`, `attention_mask` and `completion_mask`, "
+                f"or a TokenBatch, got {found}."
+            )
+        num_rows = len(made["input_ids"])
+        pairs = torch.arange(num_rows).view(self.num_answers, -1).t().flatten()
+        tensors = {k: v[pairs] for k, v in made.items() if len(v) == num_rows}
+        extras = {k: v for k, v in made.items() if len(v) != num_rows}
+        mask = tensors.pop("completion_mask")
+        batch = token_batch(tensors | {"labels": tensors["input_ids"].masked_fill(mask == 0, -100)}, flat=self.flat)
+        return replace(batch, extras=extras | {"lengths": mask.sum(1)})
 
 
 def pair_loss(

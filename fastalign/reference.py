@@ -6,17 +6,17 @@ import copy
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, is_caching_enabled
+from datasets.config import HF_DATASETS_CACHE
 from fastalign_kernels.head.answers import Answers
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -25,7 +25,7 @@ from transformers import TrainerCallback
 from .adapters import is_peft_model
 from .config import arg
 from .data.batch import TokenBatch
-from .loop.batching import ArrowRows
+from .loop.batching import readable_rows
 from .loop.distributed import is_fsdp, use_precision
 from .loop.model_setup import place_model
 from .models import load_model, model_name
@@ -72,9 +72,10 @@ class Reference:
     `columns` name what the cached mode keeps of each row, one for each answer in the order of the batch's sequences.
     """
 
-    def __init__(self, trainer, mode: str, model: nn.Module | None, columns: tuple[str, ...]):
-        self.trainer, self.mode, self.model, self.columns = trainer, mode, model, columns
-        self._hash: str | None = None
+    def __init__(self, trainer, source: str, model: nn.Module | None, columns: tuple[str, ...], content: str = ""):
+        self.trainer, self.model, self.columns = trainer, model, columns
+        self.mode = "cached" if content else source
+        self._source, self._content = source, content  # what fills the cache, and a digest of its weights
 
     @classmethod
     def make(
@@ -93,76 +94,90 @@ class Reference:
         `sync_ref_model`.
         """
         args, model = trainer.args, trainer.model
-        adapted = is_peft_model(model) and ref_model is None
+        source = "model"
+        if is_peft_model(model) and ref_model is None:
+            source = "adapter_off" if has_new_adapter else "ref_adapter"
         if args.sync_ref_model and is_peft_model(model):
             raise NotImplementedError(
                 "`sync_ref_model=True` is not supported with adapters: their reference is the model without the "
                 "adapter, which nothing may change. Set it to False, or train all weights."
             )
-        if adapted and not has_new_adapter:
+        cached, sharded = args.precompute_ref_log_probs, is_fsdp(trainer.accelerator)
+        if cached and sharded and source != "model":
+            raise ValueError(
+                "`precompute_ref_log_probs=True` is not supported for adapters under FSDP, which shards the model "
+                "when training starts. Set it to False: with adapters the reference needs no second model."
+            )
+        if source == "ref_adapter":
             _copy_adapter(model)
-        mode = ("adapter_off" if has_new_adapter else "ref_adapter") if adapted else "model"
         own = None
-        cached = args.precompute_ref_log_probs
-        is_policy = (
-            cached and ref_model is None and not is_fsdp(trainer.accelerator)
-        )  # still what training starts from
-        if mode == "model" and not is_policy:
+        if cached and source == "model" and ref_model is None and not sharded:
+            source = "policy"  # it is still what training starts from
+        elif source == "model":
             own = _resolve(trainer, ref_model, quantization_config)
-        reference = cls(trainer, "cached" if cached else mode, own, columns)
-        if cached:
-            reference._source = mode if own is not None or adapted else "policy"
-            reference._hash = content_hash(own or model, skip=_adapter_keys(model) if mode == "adapter_off" else ())
-        if own is not None:
-            reference.model = _prepared(trainer, own)
+        skip = tuple(f".{name}" for name in model.peft_config) if source == "adapter_off" else ()
+        content = content_hash(model if own is None else own, skip) if cached else ""
+        reference = cls(trainer, source, None if own is None else _prepared(trainer, own), columns, content)
         if args.sync_ref_model:
             trainer.add_callback(SyncRefModelCallback(reference.model, trainer.accelerator))
+        reference._complete_datasets()
+        if cached and ref_model is None:
+            reference.model = None
         return reference
 
-    _source = ""  # the mode that fills the cache; "policy": the model before it is trained
+    def logps(self, model: nn.Module, batch: TokenBatch, ld_alpha: float | None = None) -> Tensor:
+        """(R,) fp32, one for each answer of `batch` as its `row` numbers them, in nats: sums without gradient.
 
-    def logps(self, model: nn.Module, batch: TokenBatch, per_group: int = 2, ld_alpha: float | None = None) -> Tensor:
-        """(R,) fp32, one for each answer of `batch` as its `row` numbers them, in nats: sums without gradient."""
+        `ld_alpha`: LD-DPO's weight of the tokens beyond the shorter answer of a pair.
+        """
         if self.mode != "cached":
-            return self._sums(self.mode, model, batch, per_group, ld_alpha)
+            return answer_logps(batch, self.token_logps(model, batch), ld_alpha)
         if missing := [name for name in self.columns if name not in batch.extras]:
             raise ValueError(
-                f"`precompute_ref_log_probs=True`, but the batch has no {', '.join(missing)}: prepare the dataset with "
-                "the trainer, or keep these columns (`remove_unused_columns`, a collator of your own)."
+                f"`precompute_ref_log_probs=True`, but the batch has no {', '.join(missing)}: prepare the dataset "
+                "with the trainer, or let a collator of your own keep these columns."
             )
         return torch.stack([batch.extras[name].float() for name in self.columns], 1).flatten()
 
-    def _sums(self, mode: str, model: Any, batch: TokenBatch, per_group: int, ld_alpha: float | None) -> Tensor:
-        logp = self.token_logps(model, batch, mode)
-        return answer_logps(batch, logp, per_group, ld_alpha=ld_alpha)
-
-    def token_logps(self, model: nn.Module, batch: TokenBatch, mode: str | None = None) -> Tensor:
-        """(N,) fp32 log-probabilities of the scored tokens, one forward without gradient."""
-        mode, accelerator = mode or self.mode, self.trainer.accelerator
-        if mode == "model":
+    def token_logps(self, model: Any, batch: TokenBatch) -> Tensor:
+        """(N,) fp32 log-probabilities of the scored tokens, one forward without gradient; not from a cache."""
+        accelerator = self.trainer.accelerator
+        if self._source == "model":
             assert self.model is not None
             with accelerator.autocast():
                 return token_stats(self.model, batch).stats.logp
         inner = accelerator.unwrap_model(model, keep_torch_compile=False)
-        with _evaluating(inner), _adapter(inner, mode), accelerator.autocast():
+        with _evaluating(inner), _adapter(inner, self._source), accelerator.autocast():
             return token_stats(self.trainer.model, batch).stats.logp
 
     # Cached log-probabilities
 
-    def complete(self, dataset, name: str, lengths: Callable[[Any], np.ndarray], per_group: int = 2):
+    def _complete_datasets(self) -> None:
+        """Replace the trainer's datasets by ones with the columns."""
+        trainer = self.trainer
+        trainer.train_dataset = self.complete(trainer.train_dataset, "train")
+        given = trainer.eval_dataset
+        if isinstance(given, dict):
+            trainer.eval_dataset = {name: self.complete(part, name) for name, part in given.items()}
+        else:
+            trainer.eval_dataset = self.complete(given, "eval")
+
+    def complete(self, dataset, name: str):
         """`dataset` with `columns` under `precompute_ref_log_probs`: those it has, those on disk, or computed now.
 
-        `lengths(dataset)` are the tokens of each row, (rows,) int64. ValueError for a stream, and once the policy that
-        served as the reference has been trained.
+        All ranks must call it. ValueError for a stream, and once the policy that was the reference has been trained.
         """
-        if self.mode != "cached" or dataset is None or set(self.columns) <= {*(dataset.column_names or ())}:
+        if self.mode != "cached" or not isinstance(dataset, (Dataset, IterableDataset)):
+            return dataset
+        if set(self.columns) <= {*(dataset.column_names or ())}:
             return dataset
         if isinstance(dataset, IterableDataset):
             raise ValueError(
                 "`precompute_ref_log_probs=True` needs a dataset with a length, not a stream. Set it to False, or "
                 f"bring the columns {', '.join(self.columns)}."
             )
-        if self._source == "policy" and self.trainer.state.global_step > 0:
+        gone = self.trainer.state.global_step > 0 if self._source == "policy" else False
+        if gone or (self._source == "model" and self.model is None):
             raise ValueError(
                 "`precompute_ref_log_probs=True` without `ref_model`: the reference was the policy before training, "
                 f"which is gone, so the {name} dataset cannot be scored now. Give it to the constructor as "
@@ -171,22 +186,23 @@ class Reference:
         file = self._file(dataset)
         values = np.load(file) if file.is_file() else None
         if values is None or values.shape != (len(dataset), len(self.columns)):
-            values = self._compute(dataset, name, lengths(dataset), per_group)
+            values = self._compute(dataset, name)
             self._write(file, values)
         for column, logps in zip(self.columns, values.T, strict=True):
-            if column not in dataset.column_names:
-                dataset = dataset.add_column(column, logps)  # pyright: ignore
+            dataset = dataset.remove_columns([column]) if column in dataset.column_names else dataset
+            dataset = dataset.add_column(column, logps)  # pyright: ignore
         return dataset
 
     def _file(self, dataset: Dataset) -> Path:
         """Where these rows' log-probabilities under this model and these settings are kept."""
         args = self.trainer.args
-        settings = (self._source, args.mixed_precision, getattr(args, "ld_alpha", None), self.columns)
-        key = hashlib.sha256(repr((dataset._fingerprint, self._hash, settings)).encode()).hexdigest()[:32]
-        return Path(datasets.config.HF_DATASETS_CACHE) / "fastalign_reference" / f"{key}.npy"
+        names = ("mixed_precision", "ld_alpha", "max_length", "truncation_mode")
+        settings = (self._source, self.columns, *(getattr(args, name, None) for name in names))
+        key = hashlib.sha256(repr((dataset._fingerprint, self._content, settings)).encode()).hexdigest()[:32]
+        return Path(HF_DATASETS_CACHE) / "fastalign_reference" / f"{key}.npy"
 
     def _write(self, file: Path, values: np.ndarray) -> None:
-        if not (datasets.is_caching_enabled() and self.trainer.accelerator.is_main_process):
+        if not (is_caching_enabled() and self.trainer.accelerator.is_main_process):
             return
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(f".{os.getpid()}")
@@ -195,35 +211,34 @@ class Reference:
         os.replace(part, file)
         logger.info("Log-probabilities of the reference are kept in %s.", file)
 
-    def _compute(self, dataset: Dataset, name: str, lengths: np.ndarray, per_group: int) -> np.ndarray:
+    def _compute(self, dataset: Dataset, name: str) -> np.ndarray:
         """(rows, answers) fp32, every rank its share of batches of about equally long rows."""
         trainer, args = self.trainer, self.trainer.args
         use_precision(trainer)
         size = args.precompute_ref_batch_size
         size = size or (args.per_device_train_batch_size if name == "train" else args.per_device_eval_batch_size)
+        lengths = trainer.example_lengths(dataset)
         batches = batches_by_length(lengths, args.token_budget, size, padded=not trainer.policy.flat)
         rounds = -(-len(batches) // trainer.world)  # every rank runs as many: FSDP gathers weights in each
-        collator = trainer.data_collator
-        wanted = [column for column in collator.columns if column in dataset.column_names]
-        rows = ArrowRows(dataset, wanted)
+        rows, collator = readable_rows(trainer, dataset, trainer.data_collator, name)
         found = torch.zeros(len(dataset), len(self.columns), device=args.device)
         options = {"unit": "row", "disable": args.disable_tqdm or trainer.rank > 0}
         with tqdm(total=len(dataset), desc=f"Reference log-probabilities of {name}", **options) as progress:
             for number in range(trainer.rank, rounds * trainer.world, trainer.world):
                 chosen = batches[min(number, len(batches) - 1)]
                 batch = trainer._prepare_inputs(collator(rows.__getitems__(chosen.tolist())))
-                sums = self._sums(self._source, trainer.model, batch, per_group, getattr(args, "ld_alpha", None))
+                sums = answer_logps(batch, self.token_logps(trainer.model, batch), getattr(args, "ld_alpha", None))
                 if number < len(batches):
                     found[torch.from_numpy(chosen).to(args.device)] = sums.view(len(chosen), -1)
                 progress.update(len(chosen) * trainer.world)
         return (trainer._sum_over_ranks(found) if trainer.world > 1 else found).cpu().numpy()
 
 
-def answer_logps(batch: TokenBatch, logp: Tensor, per_group: int = 1, *, ld_alpha: float | None = None) -> Tensor:
-    """(R,) sums of logp (N,) over each sequence of `batch`; LD-DPO fades the tail of a group's longer answers."""
+def answer_logps(batch: TokenBatch, logp: Tensor, ld_alpha: float | None = None) -> Tensor:
+    """(R,) sums of logp (N,) over each answer of `batch`; with `ld_alpha` its answers are pairs (LD-DPO)."""
     rows = batch.row if batch.host_row is None else batch.host_row
-    num_groups = batch.extras["lengths"].numel() // per_group
-    answers = Answers(logp[:, None], rows, num_groups, per_group, False, None)
+    per_group = 1 if ld_alpha is None else 2
+    answers = Answers(logp[:, None], rows, batch.num_rows // per_group, per_group, False, None)
     if ld_alpha is not None:
         answers.fade_tails(ld_alpha)
     return answers.logps(logp, slice(None), slice(None), False)
@@ -259,7 +274,7 @@ def content_hash(model: nn.Module, skip: tuple[str, ...] = ()) -> str:
             return repr(item).encode()
         data = tensor.detach().cpu().contiguous()
         head = f"{name} {data.dtype} {tuple(data.shape)}".encode()
-        values = data.reshape(-1).view(torch.uint8).numpy() if data.numel() else b""
+        values: Any = data.reshape(-1).view(torch.uint8).numpy() if data.numel() else b""
         return hashlib.blake2b(values, key=hashlib.blake2b(head).digest()).digest()
 
     kept = sorted((k, v) for k, v in model.state_dict().items() if not any(part in k for part in skip))
@@ -267,15 +282,12 @@ def content_hash(model: nn.Module, skip: tuple[str, ...] = ()) -> str:
         return hashlib.sha256(b"".join(pool.map(digest, kept))).hexdigest()
 
 
-def _adapter_keys(model: Any) -> tuple[str, ...]:
-    return tuple(f".{name}" for name in model.peft_config)
-
-
 def _copy_adapter(model: Any) -> None:
-    """A frozen copy of the adapter that is trained, named "ref" (there already after a resumed run)."""
+    """A frozen copy of the adapter that is trained, named "ref"; an adapter of that name is used as it is."""
     trained = model.active_adapter
-    if REF_ADAPTER not in model.peft_config:
-        model.add_adapter(REF_ADAPTER, model.peft_config[trained])
+    if REF_ADAPTER in model.peft_config:
+        return
+    model.add_adapter(REF_ADAPTER, model.peft_config[trained])
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
         if f".{trained}." in name or name.endswith(f".{trained}"):
@@ -343,7 +355,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _adapter(model: Any, mode: str) -> Iterator[None]:
-    """The policy with its adapter switched off or with the frozen one; gradients stay as they were."""
+    """The policy with its adapter switched off or with the frozen one."""
     if mode == "adapter_off":
         with model.disable_adapter():
             yield
@@ -354,9 +366,6 @@ def _adapter(model: Any, mode: str) -> Iterator[None]:
             yield
         finally:
             model.set_adapter(trained)
-            for name, parameter in model.named_parameters():
-                if f".{REF_ADAPTER}." in name:
-                    parameter.requires_grad_(False)
     else:
         yield
 
@@ -377,7 +386,7 @@ class SyncRefModelCallback(TrainerCallback):
         for target, source in zip(target_model.parameters(), model.parameters(), strict=True):
             target.mul_(1.0 - alpha).add_(source.to(target.dtype), alpha=alpha)
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
+    def on_step_end(self, args, state, control, model: Any = None, **kwargs):
         """Called by the loop."""
         if self.ref_model is not None and state.global_step % args.ref_model_sync_steps == 0:
             inner = self.accelerator.unwrap_model(model) if self.accelerator else model
