@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from fastalign_kernels import linear_logprobs
 from fastalign_kernels.layers.fp8 import (
     E4M3,
     fp8_linear,
@@ -163,6 +164,42 @@ def test_the_cards_product_pads_odd_sizes(monkeypatch):
     monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
     assert relative(fp8_product(*operands, torch.bfloat16, bias), emulated) < 4e-3
     assert seen == [(5, 48, 32)]
+
+
+def test_fp8_head_has_the_error_that_keeps_it_off():
+    """The figures of head/fp8_product.py: logits of standard deviation 2, one channel 30 times as large."""
+    hidden, weight, targets = torch.randn(256, 512), torch.randn(4000, 512) * 2 / 512**0.5, torch.randint(4000, (256,))
+    hidden[:, 7] *= 30
+    weight[:, 7] /= 30
+    hidden, weight = hidden.bfloat16(), weight.bfloat16()
+    exact = torch.log_softmax(hidden.double() @ weight.double().t(), -1)
+    entropy = -(exact.exp() * exact).sum(-1)
+    exact = exact.gather(1, targets[:, None])[:, 0]
+    errors = {}
+    for fp8 in (False, True):
+        logp, found = linear_logprobs(hidden, weight, targets, entropy=True, fp8=fp8)
+        error = logp.double() - exact
+        errors[fp8] = error.abs().mean().item(), error.abs().max().item(), (found.double() - entropy).mean().item()
+    assert errors[False][0] < 0.005 and errors[False][1] < 0.02
+    assert 0.05 < errors[True][0] < 0.07 and 0.18 < errors[True][1] < 0.3
+    assert abs(errors[True][2]) < 0.02  # of the mean entropy
+
+
+def test_fp8_head_is_the_quantised_product_with_all_that_follows():
+    hidden, weight, bias = torch.randn(23, 40), torch.randn(101, 40) / 4, torch.randn(101)
+    u, b, targets = torch.randn(23, 3), torch.randn(101, 3) / 4, torch.randint(101, (23,))
+    targets[4] = -100
+    temperature = torch.rand(23) + 0.5
+    options = {"bias": bias, "low_rank": (u, b), "temperature": temperature, "softcap": 5.0, "chunk": 7}
+    found = linear_logprobs(hidden, weight, targets, **options, fp8=True)
+    product = (by_hand(hidden) @ by_hand(weight).t()) + bias.double() + u.double() @ b.double().t()
+    exact = torch.log_softmax(5 * torch.tanh(product / 5) / temperature.double()[:, None], -1)
+    exact = exact.gather(1, targets.clamp_min(0)[:, None])[:, 0].masked_fill(targets < 0, 0)
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="fp8=True has no gradient"):
+        linear_logprobs(hidden.requires_grad_(), weight, targets, fp8=True)
+    with torch.no_grad():
+        assert torch.equal(linear_logprobs(hidden, weight, targets, **options, fp8=True), found)
 
 
 @pytest.mark.gpu

@@ -71,6 +71,8 @@ def fp8_product(a: Quantised, b: Quantised, dtype: torch.dtype, bias: Tensor | N
     """
     (values_a, scale_a), (values_b, scale_b) = a, b
     if not has_fp8(values_a.device):
+        if values_a.is_cuda:
+            _say_once(f"fp8 is emulated on {torch.cuda.get_device_name(values_a.device)}, slower than bf16")
         out = (values_a.float() @ values_b.float().t()) * (scale_a * scale_b.t())
         return (out if bias is None else out + bias.float()).to(dtype)
     num_rows = values_b.shape[0]
@@ -139,8 +141,6 @@ def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         x = x.to(torch.get_autocast_dtype(kind))
     if torch.float64 in (x.dtype, weight.dtype):
         raise ValueError("fp8_linear takes fp32, bf16 and fp16, found fp64: use F.linear")
-    if x.is_cuda and not has_fp8(x.device):
-        _say_once(f"fp8 is emulated on {torch.cuda.get_device_name(x.device)}, slower than bf16: use F.linear there")
     with torch.autocast(kind, enabled=False):
         out = _Fp8Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias)
     return out.view(*x.shape[:-1], weight.shape[0])  # pyright: ignore[reportAttributeAccessIssue]
