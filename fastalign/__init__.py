@@ -4,12 +4,18 @@ from importlib import import_module as _import_module
 from typing import Any as _Any
 
 _PUBLIC = {  # public name -> module that defines it; imported on first use, so that `import fastalign` is instant
+    "CPOConfig": "fastalign.trainers.cpo",
+    "CPOTrainer": "fastalign.trainers.cpo",
     "DatasetConfig": "fastalign.data.mixture",
     "DatasetMixtureConfig": "fastalign.data.mixture",
     "ModelConfig": "fastalign.cli.arguments",
+    "ORPOConfig": "fastalign.trainers.orpo",
+    "ORPOTrainer": "fastalign.trainers.orpo",
     "SFTConfig": "fastalign.trainers.sft",
     "SFTTrainer": "fastalign.trainers.sft",
     "ScriptArguments": "fastalign.cli.arguments",
+    "TPOConfig": "fastalign.trainers.tpo",
+    "TPOTrainer": "fastalign.trainers.tpo",
     "TrlParser": "fastalign.cli.parser",
     "apply_chat_template": "fastalign.data.chat",
     "clone_chat_template": "fastalign.data.chat",

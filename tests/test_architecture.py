@@ -30,7 +30,7 @@ LAYERS = [
     ],
     ["fastalign.policy_check", "fastalign.policy", "fastalign.reward_head"],
     ["fastalign.loop"],
-    ["fastalign.given_data", "fastalign.rollout", "fastalign.pairs", "fastalign.reference"],
+    ["fastalign.given_data", "fastalign.rollout", "fastalign.pairs", "fastalign.reference", "fastalign.reference_free"],
     ["fastalign.trainers"],
     ["fastalign.report"],
     ["fastalign.cli", "fastalign.demo", "fastalign.__main__"],

@@ -18,6 +18,33 @@ def _sft(arguments: list[str]) -> int:
     return run("sft", SFTConfig, SFTTrainer, arguments)
 
 
+def _cpo(arguments: list[str]) -> int:
+    set_environment_early(arguments)
+    from fastalign.trainers.cpo import CPOConfig, CPOTrainer
+
+    from .train import run
+
+    return run("cpo", CPOConfig, CPOTrainer, arguments)
+
+
+def _orpo(arguments: list[str]) -> int:
+    set_environment_early(arguments)
+    from fastalign.trainers.orpo import ORPOConfig, ORPOTrainer
+
+    from .train import run
+
+    return run("orpo", ORPOConfig, ORPOTrainer, arguments)
+
+
+def _tpo(arguments: list[str]) -> int:
+    set_environment_early(arguments)
+    from fastalign.trainers.tpo import TPOConfig, TPOTrainer
+
+    from .train import run
+
+    return run("tpo", TPOConfig, TPOTrainer, arguments)
+
+
 def _demo(arguments: list[str]) -> int:
     from fastalign.demo import main
 
@@ -44,6 +71,9 @@ def _env(arguments: list[str]) -> int:
 
 COMMANDS = {  # name -> (what it does, the function that takes the remaining arguments)
     "sft": ("supervised fine-tuning of a language model", _sft),
+    "cpo": ("preferences without a reference: CPO, SimPO, AlphaPO", _cpo),
+    "orpo": ("fine-tuning and preferences in one, without a reference", _orpo),
+    "tpo": ("preferences and a gold answer, without a reference", _tpo),
     "report": ("one HTML file with the curves and samples of a run", _report),
     "demo": ("train and evaluate a small model here, in about a minute", _demo),
     "bench": ("run the benchmarks of a source checkout", _bench),
