@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from . import flat_attention
 from .data.batch import TokenBatch
 from .logit_form import head_output_kept, read_logit_form
-from .policy_check import flat_error, head_error, is_whole, quiet
+from .policy_check import flat_errors, head_error, is_whole, quiet
 from .scoring_head import ScoringRequest, attach_heads, scoring, unpack_stats
 
 logger = logging.getLogger(__name__)
@@ -40,6 +40,7 @@ class PolicyInfo:
     reason: str  # why
     form: LogitForm
     attention: str | None  # name of the attention implementation set, None if untouched
+    shares_prefix: bool = False  # flat batches may have `prefix`
 
 
 @dataclass
@@ -85,8 +86,9 @@ def prepare_policy(model: nn.Module, *, allow_flat: bool = True, check: bool = T
 
     Idempotent; call it before the model is wrapped for training, and again after adapters change. `check` runs a few
     random tokens through the model: the head's result must equal the model's own logits (else ValueError: something
-    unknown follows the head), and two packed segments must equal each alone (else the model gets padded batches).
-    Sharded and meta weights are not checked.
+    unknown follows the head), two packed segments must equal each alone (else the model gets padded batches), and two
+    answers behind one prompt each with the prompt (else prompts are not shared). Sharded and meta weights are not
+    checked.
     """
     base = unwrap(model)
     attach_heads(base)
@@ -109,21 +111,31 @@ def prepare_policy(model: nn.Module, *, allow_flat: bool = True, check: bool = T
                 f"with scale={form.scale}, softcap={form.softcap} read from its config. Add the field to "
                 "fastalign/logit_form.py."
             )
-    return choose_batches(model, form, obstacle, (lambda: flat_error(base, *_probes(model))) if check else None)
+    return choose_batches(model, form, obstacle, (lambda: flat_errors(base, *_probes(model))) if check else None)
 
 
 def choose_batches(
-    model: nn.Module, form: LogitForm, obstacle: str | None, error: Callable[[], str | None] | None
+    model: nn.Module,
+    form: LogitForm,
+    obstacle: str | None,
+    errors: Callable[[], tuple[str | None, str | None]] | None,
 ) -> PolicyInfo:
-    """Flat batches unless there is an `obstacle`, or `error()`, run with flat attention set, finds one."""
+    """Flat batches unless there is an `obstacle`; `errors()`, run with flat attention set, may find one, and one to
+    shared prefixes."""
     base = unwrap(model)
     if obstacle is None:
         name = flat_attention.select_flat_attention(base)
-        info = _remember(base, PolicyInfo(True, "attention over segments", form, name))
+        info = _remember(base, PolicyInfo(True, "attention over segments", form, name, shares_prefix=True))
         with quiet(model):
-            obstacle = None if error is None else error()
+            obstacle, unshared = (None, None) if errors is None else errors()
         if obstacle is None:
             _warn_of_softcap(base, name)
+            if unshared is not None:
+                logger.warning(
+                    "%s computes a prompt again for each of its answers: %s.", type(base).__name__, unshared
+                )
+                reason = f"attention over segments, but no shared prefixes: {unshared}"
+                info = _remember(base, replace(info, shares_prefix=False, reason=reason))
             return info
     return _set_padded(base, form, obstacle)
 
@@ -253,9 +265,14 @@ def _segments(base: Any, batch: TokenBatch) -> Segments | None:
             f"{type(base).__name__} cannot take flat batches ({info.reason}), found one of {batch.num_segments} "
             "segments; collate padded rows: TokenCollator(flat=False)."
         )
+    if batch.prefix is not None and not info.shares_prefix:
+        raise ValueError(
+            f"{type(base).__name__} cannot take segments that share a prefix ({info.reason}), found `prefix` in the "
+            "batch; collate each answer with its prompt: share=False."
+        )
     if not base.config._attn_implementation.startswith(flat_attention.NAME):  # somebody set it after the preparation
         flat_attention.select_flat_attention(base)
-    return Segments(batch.cu_seqlens, batch.max_seqlen)
+    return Segments(batch.cu_seqlens, batch.max_seqlen, batch.prefix)
 
 
 def _model_inputs(model: nn.Module, base: Any, batch: TokenBatch) -> dict[str, Any]:

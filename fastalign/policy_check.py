@@ -1,9 +1,11 @@
-"""A few random tokens through a model: does its head say what its logits say, do packed sequences stay apart?"""
+"""A few random tokens through a model: is its head what its logits say, do packed sequences stay apart, can answers
+share a prompt?"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,33 +50,60 @@ def head_error(base: Any, score: Score, logits: Logits) -> str | None:
     return None if error <= tolerance else f"log-probabilities differ by {error:.3g} (allowed {tolerance:.3g})"
 
 
-def flat_error(base: Any, score: Score, logits: Logits) -> str | None:
-    """How far two packed segments are from each alone in their log-probabilities; None where they agree."""
-    return packed_error(base, score, lambda segment: _own_logp(logits, segment))
+def flat_errors(base: Any, score: Score, logits: Logits) -> tuple[str | None, str | None]:
+    """`packed_errors` of log-probabilities."""
+    return packed_errors(base, score, lambda segment: _own_logp(logits, segment))
 
 
-def packed_error(base: Any, score: Score, alone: Alone) -> str | None:
-    """How far `score` of two packed segments is from each `alone`; None where they agree.
+def packed_errors(base: Any, score: Score, alone: Alone) -> tuple[str | None, str | None]:
+    """How far `score` of two packed segments is from each `alone`, and of two answers behind one prefix from an answer
+    with its prefix; None where they agree.
 
     The limit is a share of what a full leak does to this model, so that it also holds for weights near their start.
     """
     first, second = random_segments(base)
     own, size = zip(*(alone(segment) for segment in (first, second)), strict=True)
     joined, _ = alone(torch.cat([first, second]))
-    try:
-        found = score(batch_of([first, second]))
-    except Exception as error:  # whatever a model does with a mask it does not know
-        return f"{type(error).__name__}: {error}"
     half = base.get_input_embeddings().weight.dtype.itemsize < 4
     # in half precision an expert may flip for single tokens: a leak between segments moves most of them
     worst = torch.median if half else torch.max
     leak = worst((joined[-len(own[1]) :] - own[1]).abs()).item()
-    error = worst((found[-len(own[1]) :] - own[1]).abs()).item()
-    if not half:
-        error = max(error, (found[: len(own[0])] - own[0]).abs().max().item())
     limit = min(_limit(base, max(size), TOLERANCE), SHARE_OF_LEAK * leak)
     limit = max(limit, _limit(base, max(size), ROUNDING))
-    return None if error <= limit else f"two packed sequences differ from each alone by {error:.3g} nats"
+
+    def error_of(batch: TokenBatch, expected: Tensor, what: str) -> str | None:
+        try:
+            difference = (score(batch) - expected).abs()
+        except Exception as error:  # whatever a model does with a mask it does not know
+            return f"{type(error).__name__}: {error}"
+        error = worst(difference[-len(own[1]) :]).item()
+        if not half:
+            error = max(error, difference.max().item())
+        return None if error <= limit else f"{what} by {error:.3g} nats"
+
+    packed = error_of(batch_of([first, second]), torch.cat(own), "two packed sequences differ from each alone")
+    if packed is not None:
+        return packed, packed
+    shared = _shared_batch(first, second[1:].flip(0), second)
+    return None, error_of(shared, joined, "an answer behind a shared prompt differs from both written out")
+
+
+def _shared_batch(prompt: Tensor, other: Tensor, answer: Tensor) -> TokenBatch:
+    """Two answers behind one prompt; scored are the prompt after its first token and the second answer."""
+    batch = batch_of([prompt, other, answer])
+    start = len(prompt) + len(other)
+    positions = [torch.arange(len(prompt)), *(torch.arange(len(x)) + len(prompt) for x in (other, answer))]
+    source = [torch.arange(len(prompt)), torch.arange(start, start + len(answer) - 1)]
+    num_scored = len(prompt) + len(answer) - 1
+    return replace(
+        batch,
+        position_ids=torch.cat(positions).to(batch.input_ids.device),
+        source=torch.cat(source).to(batch.input_ids.device),
+        targets=torch.cat([prompt[1:], answer]),
+        row=batch.row.new_zeros(num_scored),
+        weight=batch.weight.new_ones(num_scored),
+        prefix=batch.cu_seqlens.new_tensor([-1, 0, 0]),
+    )
 
 
 def random_segments(base: Any) -> list[Tensor]:

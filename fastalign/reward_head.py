@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .data.batch import TokenBatch
 from .policy import HeadLoss, PolicyInfo, choose_batches, flat_obstacle, logits_forward, unwrap
-from .policy_check import batch_of, is_whole, packed_error, random_segments
+from .policy_check import batch_of, is_whole, packed_errors, random_segments
 from .scoring_head import ScoringRequest, attach_classifier, scoring
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}  # of the largest score; TF32 keeps 10 bits, half precision 7
@@ -40,8 +40,8 @@ def prepare_reward_model(model: nn.Module, *, allow_flat: bool = True, check: bo
     obstacle = "flat batches were not asked for" if not allow_flat else flat_obstacle(model, base)
     if not attach_classifier(base):
         obstacle = obstacle or "it has no head named `score` or `classifier`"
-    error = (lambda: _flat_error(model)) if check and is_whole(base) else None
-    return choose_batches(model, LogitForm(), obstacle, error)
+    errors = (lambda: _flat_errors(model)) if check and is_whole(base) else None
+    return choose_batches(model, LogitForm(), obstacle, errors)
 
 
 def score_loss(model: nn.Module, batch: TokenBatch, op: ScoreLoss, **model_kwargs) -> HeadLoss:
@@ -102,8 +102,8 @@ def _wide(found: Tensor) -> Tensor:
     return found.to(torch.promote_types(found.dtype, torch.float32))
 
 
-def _flat_error(model: nn.Module) -> str | None:
-    """Why the head's answers on flat batches are not the model's own; None where they are."""
+def _flat_errors(model: nn.Module) -> tuple[str | None, str | None]:
+    """Why the head's answers on flat batches, and on those that share prompts, are not the model's own, or None."""
     base = unwrap(model)
 
     def hidden(batch: TokenBatch) -> Tensor:  # which also shows what a head near 0 would hide
@@ -121,7 +121,9 @@ def _flat_error(model: nn.Module) -> str | None:
         found = found[-1:] if expected.ndim == 2 else found  # a model of whole sequences keeps the last token's
         error, size = (found - expected.reshape(found.shape)).abs().max().item(), found.abs().max().item()
     except (ValueError, RuntimeError, IndexError) as failure:
-        return f"its head cannot be asked for single positions: {type(failure).__name__}: {failure}"
+        obstacle = f"its head cannot be asked for single positions: {type(failure).__name__}: {failure}"
+        return obstacle, obstacle
     if error > TOLERANCE.get(found.dtype, 0.05) * max(size, 1.0):
-        return f"it does not return what its head says of the last token: they differ by {error:.3g}"
-    return packed_error(base, hidden, alone)
+        obstacle = f"it does not return what its head says of the last token: they differ by {error:.3g}"
+        return obstacle, obstacle
+    return packed_errors(base, hidden, alone)
