@@ -61,7 +61,8 @@ def _offset(size: int, vocabulary: int, dtype: torch.dtype, outputs: tuple[str, 
     offsets = offset_rows.target_logits(hidden, weight, None, targets, form)
     energies = offset_rows.energy_buffer(ROWS, vocabulary, hidden) if store else None
     out = rows.empty_stats(ROWS, outputs, FP32, hidden.device)
-    partials = offset_rows.score_product(hidden, weight, None, targets, offsets, form, outputs, energies, slope=store)
+    slope = store and set(outputs) <= {"logp", "top1"}  # elsewhere the elementwise pass has the soft-cap's derivative
+    partials = offset_rows.score_product(hidden, weight, None, targets, offsets, form, outputs, energies, slope)
     assert partials is not None
     offset_rows.finish_rows(partials, offsets, vocabulary, outputs, out)
 

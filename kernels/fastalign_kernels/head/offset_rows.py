@@ -98,10 +98,11 @@ def score_product(
     from fastalign_kernels.head.offset_product import score_product_kernel
 
     (num_rows, size), vocabulary, arch = hidden.shape, weight.shape[0], table_architecture(hidden.device)
-    config = config or score_config(arch, hidden.dtype, form, outputs, bias is not None)
     matrices = [hidden, weight] + ([] if energies is None else [energies])
     if tma is None:
         tma = arch >= 90 and hidden.element_size() == 2 and all(map(_aligned, matrices))
+    # loads through pointers need registers: Ampere's tiles, whatever the card
+    config = config or score_config(arch if tma else 80, hidden.dtype, form, outputs, bias is not None)
     tiles_n = -(-vocabulary // config.block_n)
     wants = _wants(outputs)
     partials = None

@@ -94,7 +94,7 @@ def forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
             up.stride(0),
             NAME=activation,
             BLOCK=BLOCK,
-            num_warps=NUM_WARPS,
+            num_warps=NUM_WARPS if columns % 8 == 0 else 2 * NUM_WARPS,
         )
     return out
 
@@ -120,5 +120,5 @@ def backward(grad: Tensor, gate: Tensor, up: Tensor, grad_gate: Tensor, grad_up:
             grad_up.stride(0),
             NAME=activation,
             BLOCK=BLOCK,
-            num_warps=NUM_WARPS,
+            num_warps=NUM_WARPS if columns % 8 == 0 else 2 * NUM_WARPS,
         )

@@ -16,10 +16,13 @@ PROGRAMS_PER_MULTIPROCESSOR = 4  # of the backward pass: each keeps one partial 
 
 
 def tile(columns: int) -> tuple[int, int, int]:
-    """Rows and columns of a program's tile, and its warps: 16 elements per thread, 32 in the longest rows."""
+    """Rows and columns of a program's tile, and its warps: 16 elements per thread, 32 in the longest rows.
+
+    Half as many warps, and twice the elements, where columns allow no 128-bit loads: ptxas spills there otherwise.
+    """
     block = max(triton.next_power_of_2(columns), 16)
     rows = max(2048 // block, 1)
-    return rows, block, min(rows * block // 512, 16)
+    return rows, block, min(rows * block // (512 if columns % 8 == 0 else 1024), 16)
 
 
 @triton.jit
