@@ -4,16 +4,22 @@ from importlib import import_module as _import_module
 from typing import Any as _Any
 
 _PUBLIC = {  # public name -> module that defines it; imported on first use, so that `import fastalign` is instant
+    "BEMACallback": "fastalign.bema",
     "CPOConfig": "fastalign.trainers.cpo",
     "CPOTrainer": "fastalign.trainers.cpo",
+    "DPOConfig": "fastalign.trainers.dpo",
+    "DPOTrainer": "fastalign.trainers.dpo",
     "DatasetConfig": "fastalign.data.mixture",
     "DatasetMixtureConfig": "fastalign.data.mixture",
     "ModelConfig": "fastalign.cli.arguments",
     "ORPOConfig": "fastalign.trainers.orpo",
     "ORPOTrainer": "fastalign.trainers.orpo",
+    "RewardConfig": "fastalign.trainers.reward",
+    "RewardTrainer": "fastalign.trainers.reward",
     "SFTConfig": "fastalign.trainers.sft",
     "SFTTrainer": "fastalign.trainers.sft",
     "ScriptArguments": "fastalign.cli.arguments",
+    "SyncRefModelCallback": "fastalign.reference",
     "TPOConfig": "fastalign.trainers.tpo",
     "TPOTrainer": "fastalign.trainers.tpo",
     "TrlParser": "fastalign.cli.parser",

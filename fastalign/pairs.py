@@ -61,12 +61,14 @@ def sharing(trainer, dataset, answers: tuple[str, ...]) -> bool | str:
     """The collator's `share` for a trainer: as set; with a token budget one choice for the whole dataset.
 
     A router's balancing loss counts the tokens of a prompt once per answer, so there prompts are not shared unasked.
-    ValueError where `share_prefix=True` and the model takes padded rows.
+    ValueError where `share_prefix=True` and the model cannot.
     """
     wish, policy = trainer.args.share_prefix, trainer.policy
-    if wish and not policy.flat:
-        raise ValueError(f"`share_prefix=True`, but this model needs padded rows: {policy.reason}. Set it to False.")
-    if wish is not None or not policy.flat or trainer.router_coefficient:
+    if wish and not policy.shares_prefix:
+        raise ValueError(
+            f"`share_prefix=True`, but this model's answers cannot share a prompt: {policy.reason}. Set it to False."
+        )
+    if wish is not None or not policy.shares_prefix or trainer.router_coefficient:
         return bool(wish)
     if trainer.args.token_budget is None:
         return "auto"
@@ -84,9 +86,10 @@ def group_lengths(dataset, answers: tuple[str, ...], *, flat: bool, share: bool 
 
 
 class PairAdapter:
-    """Wraps a collator that returns TRL's dictionary, chosen rows before rejected ones, so that it returns a TokenBatch.
+    """Wraps a collator that returns TRL's dictionary of pairs, so that it returns a TokenBatch.
 
-    The dictionary needs `input_ids`, `attention_mask` and `completion_mask`, each (2B, L), or of more answers.
+    The dictionary needs `input_ids`, `attention_mask` and `completion_mask`, each (2B, L): first the chosen rows, then
+    the rejected ones, then those of further answers.
     """
 
     def __init__(self, collator, *, flat: bool, num_answers: int = 2):

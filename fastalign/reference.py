@@ -308,7 +308,8 @@ def _resolve(trainer, ref_model, quantization_config) -> Any:
     if ref_model is not None and not isinstance(ref_model, str):
         return ref_model
     name = ref_model or model_name(policy)
-    if ref_model is None and not (os.path.isdir(name) or "/" in name):
+    has_weights = any(file.suffix in (".safetensors", ".bin") for file in Path(name).glob("*"))
+    if ref_model is None and (not name or (os.path.isdir(name) and not has_weights)):
         return copy.deepcopy(policy)  # made in memory: there is no file of its first weights
     options = dict(args.model_init_kwargs or {})
     if quantization_config is not None:
@@ -330,9 +331,9 @@ def _prepared(trainer, model: Any) -> Any:
         model.config.use_cache = False
     model = place_model(model, trainer.args, trainer.accelerator)
     info = prepare_policy(model, allow_flat=trainer.policy.flat)
-    if trainer.policy.flat and not info.flat:
+    if (trainer.policy.flat, trainer.policy.shares_prefix) > (info.flat, info.shares_prefix):
         raise ValueError(
-            f"`ref_model` ({type(model).__name__}) cannot take the flat batches that the policy takes: {info.reason}. "
+            f"`ref_model` ({type(model).__name__}) cannot take the batches that the policy takes: {info.reason}. "
             "Use a reference of the policy's kind, or `precompute_ref_log_probs` in a run of its own."
         )
     if is_fsdp(trainer.accelerator):

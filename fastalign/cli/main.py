@@ -45,6 +45,15 @@ def _tpo(arguments: list[str]) -> int:
     return run("tpo", TPOConfig, TPOTrainer, arguments)
 
 
+def _dpo(arguments: list[str]) -> int:
+    set_environment_early(arguments)
+    from fastalign.trainers.dpo import DPOConfig, DPOTrainer
+
+    from .train import run
+
+    return run("dpo", DPOConfig, DPOTrainer, arguments)
+
+
 def _demo(arguments: list[str]) -> int:
     from fastalign.demo import main
 
@@ -74,6 +83,7 @@ COMMANDS = {  # name -> (what it does, the function that takes the remaining arg
     "cpo": ("preferences without a reference: CPO, SimPO, AlphaPO", _cpo),
     "orpo": ("fine-tuning and preferences in one, without a reference", _orpo),
     "tpo": ("preferences and a gold answer, without a reference", _tpo),
+    "dpo": ("preference optimisation on pairs of answers (DPO and its relatives)", _dpo),
     "report": ("one HTML file with the curves and samples of a run", _report),
     "demo": ("train and evaluate a small model here, in about a minute", _demo),
     "bench": ("run the benchmarks of a source checkout", _bench),

@@ -1,0 +1,239 @@
+"""Direct preference optimisation and its relatives: pairs of answers, compared with a frozen reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+from fastalign_kernels.losses.preference import COUPLE_PAIRS, OF_THE_MARGIN, PREFERENCE_LOSSES
+from transformers import TrainingArguments
+
+from ..bema import BEMACallback
+from ..config import AlignConfig, arg
+from ..config_groups import one_of
+from ..data.batch import TokenBatch
+from ..data.pair_batches import AnswerCollator
+from ..data.preferences import prepare_preference_dataset
+from ..given_data import GivenDataTrainer
+from ..pairs import PairAdapter, PairArgs, disable_dropout, group_lengths, pair_loss, record_pairs, sharing
+from ..policy import logits_forward
+from ..reference import Reference, ReferenceArgs
+
+ANSWERS = ("chosen", "rejected")
+DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+
+
+@dataclass
+class DPOConfig(ReferenceArgs, PairArgs, AlignConfig):
+    """Settings of DPOTrainer: `transformers.TrainingArguments`, the shared groups, and those below."""
+
+    _VALID_DICT_FIELDS = [*AlignConfig._VALID_DICT_FIELDS, "model_init_kwargs"]
+
+    learning_rate: float = arg(1e-6, "Initial learning rate.")
+    padding_free: bool = arg(
+        False, "Require batches without padding: an error for a model that needs it (others never get any)."
+    )
+    loss_type: list[str] = arg(
+        factory=lambda: ["sigmoid"], help=f"One loss, or several to add up: {', '.join(PREFERENCE_LOSSES)}."
+    )
+    loss_weights: list[float] | None = arg(None, "Weights of the losses (MPO, arXiv:2411.10442); unset: 1 each.")
+    ld_alpha: float | None = arg(
+        None, "Weight, 0 to 1, of the tokens beyond the shorter answer's length (LD-DPO, arXiv:2409.06411); unset: 1."
+    )
+    f_divergence_type: str = arg(
+        "reverse_kl", "Divergence that keeps the policy at the reference (arXiv:2309.16240).", choices=[*DIVERGENCES]
+    )
+    f_alpha_divergence_coef: float = arg(0.5, "Order of the alpha divergence.")
+    label_smoothing: float = arg(0.0, "Share of labels that are wrong, for 'robust', 'exo_pair', 'aot*'.")
+    beta: float = arg(0.1, "How strongly the policy is held at the reference.")
+    use_weighting: bool = arg(False, "Weight pairs by the policy's likelihood of them (WPO, arXiv:2406.11827).")
+    discopop_tau: float = arg(0.05, "Temperature of 'discopop' (arXiv:2406.08414).")
+
+    def __post_init__(self):
+        self.loss_type = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
+        super().__post_init__()
+        self.check_pair_args()
+        self.check_reference_args()
+        self._check_loss()
+
+    def _check_loss(self) -> None:
+        types = self.loss_type
+        if not types or (unknown := [name for name in types if name not in PREFERENCE_LOSSES]):
+            raise ValueError(
+                f"`loss_type` is {types}; {unknown if types else 'an empty list'} is not supported. Supported values "
+                f"are {list(PREFERENCE_LOSSES)}."
+            )
+        if self.loss_weights is not None and len(self.loss_weights) != len(types):
+            raise ValueError(
+                f"`loss_weights` has {len(self.loss_weights)} weights, `loss_type` {len(types)} losses: give one for "
+                "each."
+            )
+        if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
+            raise ValueError(f"`ld_alpha` is {self.ld_alpha}; it must be from 0 to 1, or None for plain sums.")
+        one_of(self, "f_divergence_type", DIVERGENCES)
+        if self.f_divergence_type != "reverse_kl" and not set(types) <= OF_THE_MARGIN:
+            raise ValueError(
+                f"`f_divergence_type={self.f_divergence_type!r}` is defined for losses of the margin "
+                f"({sorted(OF_THE_MARGIN)}), but `loss_type` is {types}. Use 'reverse_kl'."
+            )
+        if not 0 <= self.label_smoothing < (0.5 if "robust" in types else 1):
+            raise ValueError(
+                f"`label_smoothing` is {self.label_smoothing}; it must be from 0 to 1, below 0.5 for 'robust'."
+            )
+        if "exo_pair" in types and self.label_smoothing == 0:
+            raise ValueError("`loss_type='exo_pair'` takes the logarithm of `label_smoothing`: set it, to 1e-3 say.")
+        coupled = sorted(COUPLE_PAIRS.intersection(types))
+        if coupled and self.use_weighting:
+            raise NotImplementedError(
+                f"`use_weighting=True` with `loss_type={coupled}`: sorted losses belong to no single pair, so nothing "
+                "can weight them. Set it to False."
+            )
+        if coupled and self.token_budget is not None:
+            raise ValueError(
+                f"`token_budget` regroups the pairs of a step, and `loss_type={coupled}` sorts those of a "
+                "micro-batch: unset it and use `per_device_train_batch_size`."
+            )
+
+
+class DPOTrainer(GivenDataTrainer):
+    """DPO and its relatives for a causal language model, given by name, as an object, or with adapters.
+
+    Takes `chosen` and `rejected` with or without `prompt`, as texts or messages, and rows that are tokenised
+    (`prompt_ids`, `chosen_ids`, `rejected_ids`). Arguments, defaults and metrics are those of TRL's trainer.
+    `ref_model` None: the model without its new adapter, a frozen copy of the adapter that is trained further, or the
+    model as it is loaded from its name.
+    """
+
+    config_class = DPOConfig
+    loss_is_normalized = False
+    _name = "DPO"
+    _tag_names = ["fastalign", "dpo"]
+    args: DPOConfig
+    reference: Reference | None = None
+
+    def __init__(
+        self,
+        model,
+        ref_model=None,
+        args: DPOConfig | TrainingArguments | None = None,
+        data_collator=None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        compute_metrics=None,
+        callbacks=None,
+        optimizers=(None, None),
+        quantization_config=None,
+        peft_config=None,
+    ):
+        super().__init__(
+            model,
+            args,
+            data_collator,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            quantization_config,
+            peft_config,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if data_collator is not None:
+            self.data_collator = PairAdapter(data_collator, flat=self.policy.flat)
+        if self.args.disable_dropout:
+            disable_dropout(self.model)
+        self.reference = Reference.make(
+            self, ref_model, has_new_adapter=peft_config is not None, quantization_config=quantization_config
+        )
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, BEMACallback):
+                callback.ref_model = self.ref_model
+
+    @property
+    def ref_model(self):
+        """The second model, None where the reference needs none."""
+        return None if self.reference is None else self.reference.model
+
+    def check(self, sample: dict) -> None:
+        """Refuse data with images."""
+        if self.has_images:
+            raise ValueError("The dataset has images, which DPOTrainer does not take. Drop the image columns.")
+
+    # Data
+
+    def prepare_dataset(self, dataset, name: str, training: bool):
+        """Raw rows -> `prompt_ids`, `chosen_ids`, `rejected_ids`."""
+        args = self.args
+        return prepare_preference_dataset(
+            dataset,
+            self.loaded.processing_class,
+            max_length=args.max_length,
+            truncation_mode=args.truncation_mode,
+            num_proc=args.dataset_num_proc,
+            name=name,
+        )
+
+    def _prepared(self, dataset, name: str, training: bool):
+        dataset = super()._prepared(dataset, name, training)
+        return dataset if self.reference is None else self.reference.complete(dataset, name)
+
+    def make_collator(self) -> AnswerCollator:
+        """Flat batches, with shared prompts where that saves work, or padded ones."""
+        args, policy = self.args, self.policy
+        if args.padding_free and not policy.flat:
+            raise ValueError(f"`padding_free=True`, but this model needs padded rows: {policy.reason}.")
+        return AnswerCollator(
+            ANSWERS,
+            pad_token_id=cast(int, self.loaded.tokenizer.pad_token_id),
+            flat=policy.flat,
+            share=sharing(self, self.train_dataset, ANSWERS),
+            vocab_size=self.model.get_input_embeddings().weight.shape[0],
+            pad_to_multiple_of=args.padding_multiple,
+            max_length=args.max_length,
+            truncation_mode=args.truncation_mode,
+        )
+
+    def example_lengths(self, dataset) -> np.ndarray:
+        """Tokens that each pair takes in a batch, (rows,) int64."""
+        if self.args.length_column_name in dataset.column_names:
+            return super().example_lengths(dataset)
+        share = getattr(self.data_collator, "share", False)
+        return group_lengths(dataset, ANSWERS, flat=self.policy.flat, share=share)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            ids = [f"{name}_ids" for name in ("prompt", *ANSWERS)]
+            self._signature_columns = [*ids, "ref_chosen_logps", "ref_rejected_logps"]
+
+    # Loss
+
+    def compute_loss(self, model, inputs: TokenBatch, return_outputs: bool = False, num_items_in_batch=None):
+        """The mean over the batch's pairs of the losses, weighted, plus the router's."""
+        assert self.reference is not None
+        self.check_lengths(inputs)
+        args = self.args
+        found = pair_loss(
+            model,
+            inputs,
+            "dpo",
+            router=self.router_inputs(),
+            ref_logps=self.reference.logps(model, inputs, ld_alpha=args.ld_alpha),
+            loss_type=args.loss_type,
+            loss_weights=args.loss_weights,
+            beta=args.beta,
+            label_smoothing=args.label_smoothing,
+            f_divergence_type=args.f_divergence_type,
+            f_alpha_divergence_coef=args.f_alpha_divergence_coef,
+            discopop_tau=args.discopop_tau,
+            ld_alpha=args.ld_alpha,
+            use_weighting=args.use_weighting,
+        )
+        loss = self.with_router_loss(found.loss, found.aux_loss, None)
+        record_pairs(self.metrics, inputs, found.result)
+        if not return_outputs:
+            return loss
+        with torch.no_grad():
+            return loss, logits_forward(model, inputs)
