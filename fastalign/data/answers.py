@@ -86,8 +86,8 @@ class AnswerTokenizer:
     # Rows to whole sequences, and where the answers start in them; for the rows that are not unusable
 
     def _given(self, batch: Any, problems: np.ndarray) -> tuple[list[Tokens], list[np.ndarray]]:
-        names = [ids_column(self.columns, name) for name in self.answers]
-        arrays = [_arrow(batch, name) for name in ([self.prompt] if self.prompt else []) + names]
+        names = [self.prompt, *(ids_column(self.columns, name) for name in self.answers)]
+        arrays = [_arrow(batch, name) for name in names if name]
         for array in arrays:
             problems[array.is_null().to_numpy(zero_copy_only=False)] |= MISSING
         self._labels(batch, problems)
