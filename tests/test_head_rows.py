@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fastalign_kernels import OUTPUTS, LogitForm, dispatch
+from fastalign_kernels import OUTPUTS, LogitForm, dispatch, fused
 from fastalign_kernels.head import native_rows, rows
 from head_oracle import NAMES, relative_error
 from tolerances import ROW_GRADIENTS, ROW_STATISTICS
@@ -180,3 +180,16 @@ def test_top1_is_the_first_of_equal_logits(dtype):
     stats = rows.empty_stats(5, ("logp", "top1"), torch.float32, logits.device)
     native_rows.row_stats(logits, targets, LogitForm(), stats)
     assert stats.stats.top1.tolist() == [True, False, False, False, True]
+
+
+@pytest.mark.parametrize("vocabulary", [331, 332, 336])
+def test_memory_between_rows_of_logits_does_not_show(vocabulary):
+    """bf16 products on CPU read columns in pairs, behind an odd vocabulary one that belongs to no row."""
+    hidden = torch.randn(59, 32).bfloat16().requires_grad_()
+    weight = torch.randn(vocabulary, 32).bfloat16()
+    torch.use_deterministic_algorithms(True)  # fills uninitialised memory with NaN
+    try:
+        loss, _ = fused(hidden, weight, torch.zeros(59, dtype=torch.int64), lambda stats, span: -stats.logp.sum())
+        assert torch.autograd.grad(loss, hidden)[0].isfinite().all()
+    finally:
+        torch.use_deterministic_algorithms(False)
