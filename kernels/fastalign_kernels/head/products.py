@@ -99,7 +99,7 @@ class Head:
         if not offset:
             stride = -(-vocabulary // 8) * 8  # rows on 16-byte borders, also of a vocabulary such as 151,643
             buffer = torch.empty(longest, stride, dtype=self.logits_dtype, device=hidden.device)
-            buffer[:, vocabulary:] = 0  # bf16 products on CPU read columns in pairs, behind an odd vocabulary one of these
+            buffer[:, vocabulary:] = 0  # bf16 products on CPU read columns in pairs, past an odd vocabulary
             self._buffer = buffer[:, :vocabulary]
 
     def _offset_engine(self, rows: int, keep: bool):
