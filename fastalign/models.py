@@ -171,12 +171,13 @@ def set_eos_token(loaded: LoadedModel, eos_token: str | None) -> None:
     tokenizer, model = loaded.tokenizer, loaded.model
     tokenizer.eos_token = eos_token
     model.config.get_text_config().eos_token_id = tokenizer.eos_token_id
-    if model.generation_config is None:  # it does not generate
+    generation_config = getattr(model, "generation_config", None)  # none of a model that does not generate
+    if generation_config is None:
         return
-    known = model.generation_config.eos_token_id
+    known = generation_config.eos_token_id
     known = [] if known is None else [known] if isinstance(known, int) else list(known)
     if tokenizer.eos_token_id not in known:
-        model.generation_config.eos_token_id = [tokenizer.eos_token_id, *known]
+        generation_config.eos_token_id = [tokenizer.eos_token_id, *known]
 
 
 def set_pad_token(loaded: LoadedModel, pad_token: str | None = None) -> None:
@@ -194,7 +195,7 @@ def set_pad_token(loaded: LoadedModel, pad_token: str | None = None) -> None:
     _known_token(loaded, token, "pad_token")
     tokenizer.pad_token = token
     loaded.model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    if loaded.model.generation_config is not None:
+    if getattr(loaded.model, "generation_config", None) is not None:
         loaded.model.generation_config.pad_token_id = tokenizer.pad_token_id
 
 

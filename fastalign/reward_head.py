@@ -8,6 +8,7 @@ PEFT) whichever one it keeps. Padded batches take the ordinary forward.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -20,6 +21,8 @@ from .data.batch import TokenBatch
 from .policy import HeadLoss, PolicyInfo, choose_batches, flat_obstacle, logits_forward, unwrap
 from .policy_check import batch_of, is_whole, packed_errors, random_segments
 from .scoring_head import ScoringRequest, attach_classifier, scoring
+
+logger = logging.getLogger(__name__)
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}  # of the largest score; TF32 keeps 10 bits, half precision 7
 
@@ -57,6 +60,41 @@ def score_loss(model: nn.Module, batch: TokenBatch, op: ScoreLoss, **model_kwarg
             logits = logits.flatten(0, 1).index_select(0, batch.source)
         return HeadLoss(*op(_wide(logits)))
     return HeadLoss(*_head_forward(model, batch, lambda rows, head: op(_wide(_apply(head, rows))), model_kwargs))
+
+
+def read_before_padding(batch: TokenBatch, pad_token_id: int) -> TokenBatch:
+    """`batch` with each sequence read at its last token that is not `pad_token_id`, as Transformers' models read it.
+
+    That is before its end where the end token also pads, and its first token if all of them pad.
+    """
+    ids = batch.input_ids.flatten()
+    if (ids[batch.source] != pad_token_id).all():
+        return batch
+    last = torch.where(ids != pad_token_id, torch.arange(len(ids)), -1).cummax(0).values  # (T,), up to each position
+    if batch.is_padded:
+        found, start = last[batch.source], batch.source // batch.input_ids.shape[1] * batch.input_ids.shape[1]
+    else:
+        bounds = batch.cu_seqlens.long()
+        segment = torch.searchsorted(bounds[1:], batch.source, right=True)
+        found, start = last[batch.source], bounds[segment]
+        if batch.prefix is not None:
+            prefix = batch.prefix[segment].long()
+            behind = (found < start) & (prefix >= 0)
+            found = torch.where(behind, last[bounds[prefix + 1] - 1], found)
+            start = torch.where(behind, bounds[prefix], start)
+    return replace(batch, source=torch.maximum(found, start))
+
+
+def warn_of_untrained_head(model: nn.Module) -> None:
+    """Say so if adapters leave the head of `model` as it was loaded, mostly random."""
+    heads = attach_classifier(unwrap(model))
+    modules = [module for module in model.modules() if id(module) in heads]
+    if modules and not any(p.requires_grad for module in modules for p in module.parameters()):
+        logger.warning(
+            "The head of %s is not trained: add modules_to_save=['score'] to the PEFT config, unless the head was "
+            "trained before.",
+            type(unwrap(model)).__name__,
+        )
 
 
 @torch.no_grad()
@@ -121,7 +159,7 @@ def _flat_errors(model: nn.Module) -> tuple[str | None, str | None]:
         found = found[-1:] if expected.ndim == 2 else found  # a model of whole sequences keeps the last token's
         error, size = (found - expected.reshape(found.shape)).abs().max().item(), found.abs().max().item()
     except (ValueError, RuntimeError, IndexError) as failure:
-        obstacle = f"its head cannot be asked for single positions: {type(failure).__name__}: {failure}"
+        obstacle = f"its head cannot be asked for single positions ({failure})"
         return obstacle, obstacle
     if error > TOLERANCE.get(found.dtype, 0.05) * max(size, 1.0):
         obstacle = f"it does not return what its head says of the last token: they differ by {error:.3g}"

@@ -155,6 +155,8 @@ def _answer(module: nn.Module, request: ScoringRequest, hidden: Tensor) -> Tenso
 def _answer_scores(request: ScoringRequest, hidden: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
     """(B, L, 1) views of one loss, so that whatever position the model pools, it finds the loss there."""
     request.num_calls += 1
+    if hidden.ndim != 3 or hidden.shape[1] != request.length:
+        raise ValueError(f"the head is given {tuple(hidden.shape)}, not every one of {request.length} positions")
     rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, request.source)
     with scoring(None):
         loss, request.result = request.op(rows, head)
