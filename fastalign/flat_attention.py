@@ -27,6 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 NAME = "fastalign"
 IGNORE_SOFTCAP = ("sdpa",)  # implementations of Transformers that leave out soft-cap and sinks
 _segments: ContextVar[Segments | None] = ContextVar("fastalign_segments", default=None)
+_free: ContextVar[Any] = ContextVar("fastalign_free_tokens", default=None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +37,11 @@ class FlatMask:
     segments: Segments
     causal: bool
     window: int | None  # tokens, the query included
+    free: Any = None  # `FreeTokens` of the batch, for layers that know what to do with them
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, attention: Callable[..., Tensor]) -> Tensor:
+        """`attention(q, k, v, segments=)` as this mask has it; (T, H, K) in and out."""
+        return attention(q, k, v, segments=self.segments)
 
 
 @contextmanager
@@ -46,6 +52,16 @@ def flat_batch(segments: Segments | None) -> Iterator[None]:
         yield
     finally:
         _segments.reset(token)
+
+
+@contextmanager
+def free_tokens(free: Any) -> Iterator[None]:
+    """Inside, flat batches have these `FreeTokens` (None: none)."""
+    token = _free.set(free)
+    try:
+        yield
+    finally:
+        _free.reset(token)
 
 
 def select_flat_attention(model: nn.Module) -> str:
@@ -96,7 +112,7 @@ def _mask(*, original: str, **request: Any) -> Any:
     if request["batch_size"] != 1 or request["q_length"] != request["kv_length"]:
         raise ValueError("the model caches keys or changes the shape of its input")
     is_causal = "allow_is_bidirectional_skip" not in request
-    return FlatMask(segments, is_causal, request.get("local_size"))
+    return FlatMask(segments, is_causal, request.get("local_size"), _free.get())
 
 
 def _attention(
@@ -150,13 +166,10 @@ def _packed(module, query, key, value, mask: FlatMask, original: str, **kwargs) 
     q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
     scale = kwargs.get("scaling")
     plain = original in IGNORE_SOFTCAP
-    out = packed_attention(
-        q,
-        k,
-        v,
-        None,
-        None,
-        segments=mask.segments,
+    attention = functools.partial(
+        packed_attention,
+        cu_seqlens=None,
+        max_seqlen=None,
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
         causal=mask.causal,
         window=mask.window,
@@ -164,7 +177,7 @@ def _packed(module, query, key, value, mask: FlatMask, original: str, **kwargs) 
         sinks=None if plain else kwargs.get("s_aux"),
         dropout=kwargs.get("dropout") or 0.0,
     )
-    return out[None]
+    return mask.attend(q, k, v, attention)[None]
 
 
 for _name in (NAME, f"{NAME}_eager", f"{NAME}_flex_attention", f"{NAME}_flash_attention_2"):

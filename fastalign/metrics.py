@@ -33,20 +33,29 @@ class Metrics:
         self.training = True
         self._ratios: dict[bool, dict[str, list[tuple]]] = {True: {}, False: {}}
         self._folded: dict[bool, dict[str, tuple]] = {True: {}, False: {}}  # (sum of global ratios, how many)
+        self._skipping: set[str] = set()  # names whose empty micro-batches do not count
         self._latest: dict[bool, dict[str, Tensor | float]] = {True: {}, False: {}}
         self._counts: dict[str, float] = {}  # global, as of the last collection
         self._added: dict[str, float] = {}  # of this rank, since then
         self._logged_counts: dict[bool, set[str]] = {True: set(), False: set()}
 
-    def mean(self, name: str, total: Tensor | float, count: Tensor | float = 1.0) -> None:
-        """Record one micro-batch of a ratio, such as summed entropy (nats) over scored tokens; both 0-dim."""
+    def mean(
+        self, name: str, total: Tensor | float, count: Tensor | float = 1.0, *, skip_empty: bool = False
+    ) -> None:
+        """Record one micro-batch of a ratio, such as summed entropy (nats) over scored tokens; both 0-dim.
+
+        `skip_empty`: micro-batches of count zero are left out of the mean, and a name without others is not logged.
+        """
+        if skip_empty:
+            self._skipping.add(name)
         pairs = self._ratios[self.training].setdefault(name, [])
         pairs.append(tuple(x.detach() if isinstance(x, Tensor) else x for x in (total, count)))
         if len(pairs) == FOLD:
             totals, counts = self._reduced([x for pair in pairs for x in pair])[:-1].view(-1, 2).unbind(1)
             ratios = torch.where(counts == 0, 0, totals / counts).sum()
-            before, number = self._folded[self.training].get(name, (0.0, 0))
-            self._folded[self.training][name] = before + ratios, number + FOLD
+            number = (counts != 0).sum() if name in self._skipping else FOLD
+            before = self._folded[self.training].get(name, (0.0, 0))
+            self._folded[self.training][name] = before[0] + ratios, before[1] + number
             pairs.clear()
 
     def last(self, name: str, value: Tensor | float) -> None:
@@ -70,7 +79,7 @@ class Metrics:
         """Host values of the current mode's window, which then starts anew; `sums` come back averaged over ranks."""
         ratios, latest = self._ratios[self.training], self._latest[self.training]
         folded, added = self._folded[self.training], sorted(self._added)
-        flat: list = [*sums.values(), *latest.values(), *(total for total, _ in folded.values())]
+        flat: list = [*sums.values(), *latest.values(), *(x for pair in folded.values() for x in pair)]
         flat += [self._added[name] for name in added]
         for pairs in ratios.values():
             flat += [x for pair in pairs for x in pair]
@@ -78,14 +87,16 @@ class Metrics:
         result: dict[str, float] = {}
         for name in (*sums, *latest):
             result[name] = next(values) / world
-        before = {name: (next(values) / world, number) for name, (_, number) in folded.items()}
+        before = {name: (next(values) / world, next(values) / world) for name in folded}
         for name in added:
             self._counts[name] = self._counts.get(name, 0) + next(values)
         for name, pairs in ratios.items():
             shares = [(next(values), next(values)) for _ in pairs]
             total, number = before.get(name, (0.0, 0))
             total += sum(total / count if count else 0.0 for total, count in shares)
-            result[name] = total / (number + len(shares))
+            number += sum(1 for _, count in shares if count or name not in self._skipping)
+            if number:
+                result[name] = total / number
         result.update({name: self._counts[name] for name in sorted(self._logged_counts[self.training])})
         for part in (ratios, folded, latest, self._added, self._logged_counts[self.training]):
             part.clear()
@@ -111,7 +122,7 @@ class Metrics:
         """This rank's open training window, as numbers."""
         ratios = {n: [(float(a), float(b)) for a, b in pairs] for n, pairs in self._ratios[True].items()}
         latest = {n: float(value) for n, value in self._latest[True].items()}
-        folded = {n: (float(total), number) for n, (total, number) in self._folded[True].items()}
+        folded = {n: (float(total), float(number)) for n, (total, number) in self._folded[True].items()}
         counted = sorted(self._logged_counts[True])
         return {"ratios": ratios, "folded": folded, "latest": latest, "logged_counts": counted}
 

@@ -1,0 +1,241 @@
+"""Kahneman-Tversky optimisation: single answers that are judged good or bad, compared with a frozen reference."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import TrainingArguments
+
+from ..config import AlignConfig, arg
+from ..config_groups import one_of
+from ..data.batch import TokenBatch
+from ..data.preferences import prepare_unpaired_dataset, rotate_completions
+from ..free_tokens import teach_layers
+from ..given_data import GivenDataTrainer
+from ..pairs import PairArgs, disable_dropout, group_lengths, sharing
+from ..policy import logits_forward
+from ..reference import Reference, ReferenceArgs
+from ..unpaired import COLUMNS, JudgedAdapter, JudgedCollator, record_unpaired, unpaired_loss
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class KTOConfig(ReferenceArgs, PairArgs, AlignConfig):
+    """Settings of KTOTrainer: `transformers.TrainingArguments`, the shared groups, and those below."""
+
+    _VALID_DICT_FIELDS = [*AlignConfig._VALID_DICT_FIELDS, "model_init_kwargs"]
+
+    learning_rate: float = arg(1e-6, "Initial learning rate.")
+    train_sampling_strategy: str = arg(
+        "sequential",
+        "Order of the rows: 'kto' needs 'sequential', because mismatched answers come from the rows of a batch.",
+        choices=["random", "sequential", "group_by_length"],
+    )
+    loss_type: str = arg(
+        "kto",
+        "'kto' (arXiv:2402.01306) or 'apo_zero_unpaired' (arXiv:2408.06266, without mismatched answers).",
+        choices=["kto", "apo_zero_unpaired"],
+    )
+    beta: float = arg(0.1, "How strongly the policy is held at the reference.")
+    desirable_weight: float = arg(1.0, "Factor of the losses of good answers.")
+    undesirable_weight: float = arg(1.0, "Factor of the losses of bad answers.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check_pair_args()
+        self.check_reference_args()
+        one_of(self, "loss_type", ("kto", "apo_zero_unpaired"))
+
+    @property
+    def estimates_kl(self) -> bool:
+        """Whether the loss needs answers to other prompts."""
+        return self.loss_type == "kto"
+
+
+class KTOTrainer(GivenDataTrainer):
+    """KTO and APO-zero for a causal language model, given by name, as an object, or with adapters.
+
+    Takes `prompt`, `completion` and `label` (true: good), or pairs (`chosen` is good, `rejected` bad), as texts,
+    messages or token ids. Arguments, defaults and metrics are those of TRL's trainer. With the loss "kto" the answers
+    of every `per_device_train_batch_size` rows are also scored behind the prompt of the next row; the policy does so in
+    the forward of the loss, without a gradient.
+    """
+
+    config_class = KTOConfig
+    loss_is_normalized = False
+    _name = "KTO"
+    _tag_names = ["fastalign", "kto"]
+    args: KTOConfig
+    reference: Reference | None = None
+
+    def __init__(
+        self,
+        model,
+        ref_model=None,
+        args: KTOConfig | TrainingArguments | None = None,
+        data_collator=None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        compute_metrics=None,
+        callbacks=None,
+        optimizers=(None, None),
+        quantization_config=None,
+        peft_config=None,
+    ):
+        super().__init__(
+            model,
+            args,
+            data_collator,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            quantization_config,
+            peft_config,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if data_collator is not None:
+            self.data_collator = JudgedAdapter(data_collator, self.make_collator())
+        if self.args.disable_dropout:
+            disable_dropout(self.model)
+        columns = ("ref_logps", "ref_kl_logps") if self.args.estimates_kl else ("ref_logps",)
+        self.reference = Reference.make(
+            self, ref_model, columns, has_new_adapter=peft_config is not None, quantization_config=quantization_config
+        )
+        if self.args.estimates_kl and self.policy.flat:
+            teach_layers(self.model)
+
+    @property
+    def ref_model(self):
+        """The second model, None where the reference needs none."""
+        return None if self.reference is None else self.reference.model
+
+    def check(self, sample: dict) -> None:
+        """Refuse images, and batches that mismatched answers cannot be formed in."""
+        args = self.args
+        if self.has_images:
+            raise ValueError("The dataset has images, which KTOTrainer does not take. Drop the image columns.")
+        if not args.estimates_kl:
+            return
+        if args.train_sampling_strategy != "sequential":
+            raise ValueError(
+                f"`loss_type={args.loss_type!r}` needs `train_sampling_strategy='sequential'`, as mismatched answers "
+                f"come from the rows of a batch; found {args.train_sampling_strategy!r}. Shuffle the dataset instead, "
+                "or use `loss_type='apo_zero_unpaired'`."
+            )
+        if args.per_device_train_batch_size <= 1:
+            raise ValueError(
+                f"`per_device_train_batch_size` is {args.per_device_train_batch_size}; `loss_type='kto'` needs at "
+                "least 2: alone, an answer would be its own mismatched one, and the KL term its own reward."
+            )
+
+    # Data
+
+    def prepare_dataset(self, dataset, name: str, training: bool):
+        """Raw rows -> `prompt_ids`, `completion_ids`, `label` and, for the KL term, `kl_completion_ids`."""
+        args = self.args
+        dataset = prepare_unpaired_dataset(
+            dataset,
+            self.loaded.processing_class,
+            max_length=args.max_length,
+            num_proc=args.dataset_num_proc,
+            name=name,
+        )
+        if training and isinstance(dataset, Dataset):
+            _check_weights(np.asarray(dataset.with_format("numpy")["label"]), args)
+        if not args.estimates_kl:
+            return dataset
+        return rotate_completions(dataset, args.per_device_train_batch_size)
+
+    def _prepared(self, dataset, name: str, training: bool):
+        dataset = super()._prepared(dataset, name, training)
+        return dataset if self.reference is None else self.reference.complete(dataset, name)
+
+    def make_collator(self) -> JudgedCollator:
+        """Flat batches, with shared prompts where that saves work, or padded ones."""
+        args = self.args
+        return JudgedCollator(
+            kl=args.estimates_kl,
+            pad_token_id=cast(int, self.loaded.tokenizer.pad_token_id),
+            flat=self.policy.flat,
+            share=sharing(self, self.train_dataset, self._answers),
+            vocab_size=self.model.get_input_embeddings().weight.shape[0],
+            pad_to_multiple_of=args.padding_multiple,
+            max_length=args.max_length,
+            truncation_mode=args.truncation_mode,
+        )
+
+    @property
+    def _answers(self) -> tuple[str, ...]:
+        return ("completion", "kl_completion") if self.args.estimates_kl else ("completion",)
+
+    def example_lengths(self, dataset) -> np.ndarray:
+        """Tokens that each row takes in a batch, (rows,) int64."""
+        if self.args.length_column_name in dataset.column_names:
+            return super().example_lengths(dataset)
+        share = getattr(self.data_collator, "share", False)
+        return group_lengths(dataset, self._answers, flat=self.policy.flat, share=share)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            self._signature_columns = [*COLUMNS]
+
+    # Loss
+
+    def _mean_over_ranks(self, value: Tensor) -> Tensor:
+        return self._sum_over_ranks(value[None])[0] / self.world if self.world > 1 else value
+
+    def compute_loss(self, model, inputs: TokenBatch, return_outputs: bool = False, num_items_in_batch=None):
+        """The mean over the batch's answers of their weighted losses, plus the router's."""
+        assert self.reference is not None
+        self.check_lengths(inputs)
+        args = self.args
+        found = unpaired_loss(
+            model,
+            inputs,
+            self.reference.logps(model, inputs),
+            mean_over_ranks=self._mean_over_ranks,
+            router=self.router_inputs(),
+            loss_type=args.loss_type,
+            beta=args.beta,
+            desirable_weight=args.desirable_weight,
+            undesirable_weight=args.undesirable_weight,
+        )
+        loss = self.with_router_loss(found.loss, found.aux_loss, None)
+        self.metrics.mean("kl", 0.0 if found.result.baseline is None else found.result.baseline)
+        record_unpaired(self, inputs, found.result)
+        if not return_outputs:
+            return loss
+        with torch.no_grad():
+            return loss, logits_forward(model, inputs)
+
+
+def _check_weights(labels: np.ndarray, args: KTOConfig) -> None:
+    """Warn where the weights do not make up for unequal numbers of labels, arXiv:2402.01306 Eq. 8."""
+    good = max(int(labels.sum()), 1)
+    bad = max(len(labels) - good, 1)
+    if good == bad:
+        return
+    ratio = args.desirable_weight * good / (args.undesirable_weight * bad) if args.undesirable_weight else np.inf
+    if not 1 <= round(ratio, 2) <= 1.33:
+        low, high = (round(args.undesirable_weight * bad / good * factor, 2) for factor in (1, 1.33))
+        least, most = (round(args.desirable_weight * good / bad / factor, 2) for factor in (1.33, 1))
+        logger.warning(
+            "%d answers are desirable, %d are not, and the weights do not make up for it: set either "
+            "`desirable_weight` to %s..%s or `undesirable_weight` to %s..%s.",
+            good,
+            bad,
+            low,
+            high,
+            least,
+            most,
+        )
