@@ -129,7 +129,11 @@ class AnswerTokenizer:
         if not self.whole:
             made = self.encoder.completions(prompts, columns, settings, special_tokens=not self.bos_and_eos)
             starts = made.prompt_lengths
-            return made.wholes, starts if self.unpaired else [np.minimum.reduce(starts)] * len(starts)
+            if self.bos_and_eos:  # as TRL: merging across the border costs the prompt its last token, no more
+                ends = made.prompts.lengths
+                starts = [np.where(start < ends, ends - 1, start) for start in starts]
+                starts += [common_prefix_lengths(made.wholes[0], other) for other in made.wholes[1:]]
+            return made.wholes, starts if self.unpaired else [np.minimum.reduce(starts)] * len(made.wholes)
         joined = [[p + a for p, a in zip(prompts, column, strict=True)] for column in columns]
         if self.kind == "text":
             wholes = [self.encoder.texts(column) for column in joined]
@@ -280,7 +284,12 @@ def _constant(token: int, where: np.ndarray) -> Tokens:
 
 def _equal(tokens: Tokens, other: Tokens) -> np.ndarray:
     """(R,) bool: rows that are the same."""
-    return (tokens.lengths == other.lengths) & (common_prefix_lengths(tokens, other) == tokens.lengths)
+    same = tokens.lengths == other.lengths
+    starts = [bounds(rows.lengths)[:-1][same][:, None] for rows in (tokens, other)]
+    lengths = tokens.lengths[same]
+    found = [_gathered([rows], start, lengths[:, None]) for rows, start in zip((tokens, other), starts, strict=True)]
+    same[same] = common_prefix_lengths(*found) == lengths
+    return same
 
 
 def _lists(tokens: Tokens, used: np.ndarray, rows: int) -> pa.ListArray:
