@@ -6,8 +6,9 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from test_tokenize import PROMPTS, TOOL_TEMPLATE, TOOLS, WORDS, assistant, tokenizer_of, user
+from transformers import ProcessorMixin
 
 from fastalign.data.pair_batches import AnswerCollator, UnpairedCollator
 from fastalign.data.preferences import (
@@ -269,10 +270,12 @@ def test_bad_rows_are_named_and_treated_by_the_rule(caplog):
     assert "1 kept: its answers are equal, so none is preferred (row 3)" in text
     assert text.count("bad_rows='keep'") == 1
     assert len(prepare_preference_dataset(Dataset.from_dict(BAD), tokenizer, bad_rows="drop", **limit)) == 2
-    stream = prepare_preference_dataset(
-        Dataset.from_dict(BAD).to_iterable_dataset(), tokenizer, bad_rows="drop", **limit
-    )
-    assert [row["rejected_ids"] for row in stream] == [tokenizer(" b</s>")["input_ids"]] * 2
+    caplog.clear()
+    twice = concatenate_datasets([Dataset.from_dict(BAD)] * 200).to_iterable_dataset()
+    stream = prepare_preference_dataset(twice, tokenizer, bad_rows="drop", **limit)
+    assert [row["rejected_ids"] for row in stream] == [tokenizer(" b</s>")["input_ids"]] * 400
+    assert len(caplog.records) == 1  # of two batches
+    assert "(row 3, 10, 17, 24, 31, ...). Rule: bad_rows='drop', rows count from 0 so far" in caplog.text
     with pytest.raises(ValueError, match=r"max_length=20.*\(row 1, 5\).*\(row 2\).*bad_rows='drop'"):
         prepare_preference_dataset(Dataset.from_dict(BAD), tokenizer, bad_rows="error", **limit)
     with pytest.raises(ValueError, match="allowed are keep, drop, error"):
@@ -307,8 +310,10 @@ def test_data_that_cannot_be_used():
     tokenizer = tokenizer_of()
     prepare = partial(prepare_preference_dataset, processing_class=tokenizer, max_length=None)
     images = {"images": [[1]], "prompt": ["a"], "chosen": ["b"], "rejected": ["c"]}
-    with pytest.raises(ValueError, match=r"has images .* not take yet: text and conversations are supported"):
+    with pytest.raises(ValueError, match=r"has images .* a plain tokenizer, which reads none"):
         prepare(Dataset.from_dict(images))
+    with pytest.raises(ValueError, match=r"takes texts and conversations only so far"):
+        prepare(Dataset.from_dict(images), processing_class=object.__new__(ProcessorMixin))
     with pytest.raises(ValueError, match=r"\['rejected'\] missing"):
         prepare(Dataset.from_dict({"chosen": ["b"], "other": ["c"]}))
     with pytest.raises(ValueError, match="needs a column `label`"):

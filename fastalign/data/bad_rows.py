@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 
 import numpy as np
 
@@ -41,10 +40,10 @@ class BadRows:
         """(R,) bool: rows to train on."""
         return problems & self.dropped == 0
 
-    def report(self, problems: np.ndarray, numbers: np.ndarray, reasons: Iterable[int] = tuple(REASONS)) -> None:
+    def report(self, problems: np.ndarray, numbers: np.ndarray, note: str = "") -> None:
         """Log (or raise, with the rule "error") what is wrong with which of the rows `numbers`, (R,) from 0."""
         lines = []
-        for reason in reasons:
+        for reason in REASONS:
             found = np.unique(numbers[problems & reason != 0])
             if not found.size:
                 continue
@@ -56,7 +55,7 @@ class BadRows:
         text = f"{self.name} dataset, max_length={self.max_length}: {'; '.join(lines)}."
         if self.rule == "error":
             raise ValueError(f"{text} Mend these rows, or set bad_rows='drop' or 'keep'.")
-        logger.warning("%s Rule: bad_rows=%r, rows count from 0.", text, self.rule)
+        logger.warning("%s Rule: bad_rows=%r, rows count from 0%s.", text, self.rule, note)
 
     def report_cut(self, problems: np.ndarray) -> None:
         """Log how many rows have an answer that max_length cuts."""

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset, Features, IterableDataset, List, Value
+from transformers import ProcessorMixin
 
 from .answers import NOTES, PASSED, AnswerTokenizer, ids_column
 from .bad_rows import BadRows
@@ -41,7 +42,7 @@ def prepare_preference_dataset(
     "keep_end" is left to the collator, as it may cut the prompts of a row's answers differently. `bad_rows` is one of
     `bad_rows.RULES`. Results are cached by content beside the dataset's files. ValueError for unusable data.
     """
-    _check_dataset(dataset, name)
+    _check_dataset(dataset, processing_class, name)
     row = _sample(dataset, answers, name)
     step = AnswerTokenizer.of(dataset, row, processing_class, answers, chat_template, name)
     step.max_length, step.truncation_mode, step.bos_and_eos = max_length, truncation_mode, bos_and_eos
@@ -64,7 +65,7 @@ def prepare_unpaired_dataset(
     `prepare_preference_dataset`, except that completions are not cut: the collator does it, as `rotate_completions`
     gives them to other prompts. Rows whose prompt has `max_length` tokens or more are dropped.
     """
-    _check_dataset(dataset, name)
+    _check_dataset(dataset, processing_class, name)
     found = set(column_names(dataset))
     paired = {"chosen", "rejected"} <= found or {"chosen_ids", "rejected_ids"} <= found
     answers = ("chosen", "rejected") if paired else ("completion",)
@@ -91,7 +92,7 @@ def prepare_reward_dataset(
     The rest has at least one token. Rows with a sequence longer than `max_length` tokens are dropped, never cut. Given
     `chosen_ids` without `prompt_ids` are whole sequences. Otherwise as `prepare_preference_dataset`.
     """
-    _check_dataset(dataset, name)
+    _check_dataset(dataset, processing_class, name)
     row = _sample(dataset, ("chosen", "rejected"), name)
     step = AnswerTokenizer.of(dataset, row, processing_class, ("chosen", "rejected"), chat_template, name)
     step.max_length, step.whole = max_length, True
@@ -115,7 +116,9 @@ def rotate_completions(dataset: Dataset | IterableDataset, batch_size: int) -> D
         return table.append_column("kl_completion_ids", column)
 
     features = dataset.features and Features(dataset.features | {"kl_completion_ids": List(Value("int32"))})
-    return dataset.with_format("arrow").map(rotate, batched=True, batch_size=rows, features=features).with_format(None)
+    options: Any = {"desc": "Pairing prompts with other completions"} if isinstance(dataset, Dataset) else {}
+    result = dataset.with_format("arrow").map(rotate, batched=True, batch_size=rows, features=features, **options)
+    return result.with_format(None)
 
 
 def _run(dataset, step: AnswerTokenizer, num_proc: int | None, name: str, bad_rows: str):
@@ -125,14 +128,13 @@ def _run(dataset, step: AnswerTokenizer, num_proc: int | None, name: str, bad_ro
     features |= {"label": Value("bool")} if step.unpaired else {}
     features |= {column: Value("float32") for column in PASSED if column in step.columns}
     if isinstance(dataset, IterableDataset):
-        made = dataset.with_format(None).map(
+        return dataset.with_format(None).map(
             _Streamed(step, report),
             batched=True,
             with_indices=True,
             remove_columns=step.columns,
             features=Features(features),
         )
-        return made
     options = {k: v for k, v in vars(step).items() if k not in ("encoder", "columns")}
     options["chat_template"] = step.encoder.chat_template
     result = dataset.with_format("arrow").map(
@@ -160,34 +162,40 @@ def _run(dataset, step: AnswerTokenizer, num_proc: int | None, name: str, bad_ro
 
 @dataclass
 class _Streamed:
-    """Rows of a stream, without the bad ones, which are logged as they come."""
+    """Rows of a stream, without the bad ones; each reason is logged for the batch that has it first."""
 
     step: AnswerTokenizer
     report: BadRows
+    reported: int = 0
 
     def __call__(self, batch: Mapping[str, Any], indices: list[int]) -> dict[str, list]:
         table = self.step(batch, indices)
         problems = table["problems"].to_numpy()
-        self.report.report(problems, table["row"].to_numpy())
+        self.report.report(problems & ~self.reported, table["row"].to_numpy(), " so far; said once per reason")
+        self.reported |= int(np.bitwise_or.reduce(problems, initial=0))
         return table.drop_columns([*NOTES]).filter(pa.array(self.report.keep(problems))).to_pydict()
 
 
 # Datasets and rows
 
 
-def _check_dataset(dataset: Any, name: str) -> None:
+def _check_dataset(dataset: Any, processing_class: Any, name: str) -> None:
     """ValueError for what no row of can be used."""
     if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
         raise ValueError(
             "The dataset uses `with_transform`, which preparing it would apply once and freeze. Apply it with "
             "`dataset.map` first."
         )
-    if has_images(columns := column_names(dataset)):
-        raise ValueError(
-            f"The {name} dataset has images (columns {columns}), which preference training does not take yet: text "
-            "and conversations are supported, also with a vision-language model. Remove the column "
-            "`image` or `images` to train on the text alone, or train on images with `SFTTrainer`."
-        )
+    if not has_images(columns := column_names(dataset)):
+        return
+    found = f"The {name} dataset has images (columns {columns}), but "
+    remedy = "To train on the text alone, remove the column `image` or `images`."
+    if not isinstance(processing_class, ProcessorMixin):
+        raise ValueError(f"{found}the model's processing class is a plain tokenizer, which reads none. {remedy}")
+    raise ValueError(
+        f"{found}preference training takes texts and conversations only so far, also with a vision-language model; "
+        f"`SFTTrainer` takes images. {remedy}"
+    )
 
 
 def _sample(dataset: Any, answers: tuple[str, ...], name: str) -> dict[str, Any]:
