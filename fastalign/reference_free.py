@@ -50,12 +50,13 @@ def check_model(trainer: Any) -> None:
         args.router_aux_loss_coef = 0.0
 
 
-def settle(trainer: Any, data_collator: Any, num_answers: int = 2) -> None:
-    """After construction: dropout off where asked, adapters' too; a collator of the user's gives pairs (or triples)."""
+def settle(trainer: Any, data_collator: Any, answers: tuple[str, ...]) -> None:
+    """After construction: dropout off where asked, adapters' too; a collator of the user's gives answers of pairs."""
     if trainer.args.disable_dropout:
         disable_dropout(trainer.model)
     if data_collator is not None:
-        trainer.data_collator = PairAdapter(data_collator, flat=trainer.policy.flat, num_answers=num_answers)
+        trainer.data_collator = PairAdapter(data_collator, flat=trainer.policy.flat, num_answers=len(answers))
+        trainer._signature_columns = [f"{name}_ids" for name in ("prompt", *answers)]
 
 
 def prepare_answers(trainer: Any, dataset: Any, name: str, answers: tuple[str, ...], bos_and_eos: bool = False) -> Any:

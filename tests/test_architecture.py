@@ -37,6 +37,7 @@ LAYERS = [
         "fastalign.pairs",
         "fastalign.reference",
         "fastalign.reference_free",
+        "fastalign.unpaired",
         "fastalign.bema",
     ],
     ["fastalign.trainers"],

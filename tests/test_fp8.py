@@ -144,6 +144,18 @@ def test_autocast_gives_its_dtype_and_quantises_the_fp32_weight():
         fp8_linear(x.double(), weight)
 
 
+def test_compiled_in_one_graph():
+    def layer(x, weight, bias):
+        return fp8_linear(x, weight, bias).relu().sum(-1)
+
+    given = [torch.randn(*shape, requires_grad=True) for shape in ((2, 5, 32), (48, 32), (48,))]
+    results = []
+    for run in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        out = run(*given)
+        results.append([out, *torch.autograd.grad(out.sum(), given)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_the_cards_product_pads_odd_sizes(monkeypatch):
     """What is handed to `torch._scaled_mm` has sizes that it takes, and its result is the emulation's."""
     from fastalign_kernels.layers import fp8

@@ -117,6 +117,34 @@ def test_low_rank_with_all_settings():
     assert_equal(found, expected, inputs, exact)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weighted_sum_of_many_logits_fits_into_16_bits(dtype):
+    """The sum over the vocabulary is 1e5 and more, beyond fp16; rounded to bf16 it would be off by hundreds."""
+    vocabulary = 20000
+    weight = (torch.randn(vocabulary, D) * 0.1 - torch.eye(1, D) * 8).to(dtype).requires_grad_()
+    hidden = (torch.randn(6, D) * 0.1 + torch.eye(1, D)).to(dtype).requires_grad_()
+    targets, class_weights = torch.randint(vocabulary, (6,)), torch.rand(vocabulary)
+    exact = leaves(hidden, weight)
+    options = {"label_smoothing": 1.0, "reduction": "none"}
+    expected = F.cross_entropy(exact[0] @ exact[1].t(), targets, class_weights.double(), **options)
+    found = fk.linear_cross_entropy(hidden, weight, targets, class_weights=class_weights, **options)
+    assert_equal(found, expected, (hidden, weight), exact, dtype)
+
+
+def test_weighted_smoothing_under_autocast_and_with_main_grad():
+    """Autocast does not round the logits' sum; no part of the weight's gradient goes past `main_grad`."""
+    hidden, weight, bias, targets = problem(torch.float32)
+    settings = {"class_weights": torch.rand(V), "label_smoothing": 0.4}
+    plain = fk.linear_cross_entropy(hidden, weight, targets, bias=bias, **settings)
+    (expected,) = torch.autograd.grad(plain, weight)
+    weight.main_grad = torch.zeros(V, D)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = fk.linear_cross_entropy(hidden, weight, targets, bias=bias, **settings)
+    found.backward()
+    assert torch.equal(found, plain) and weight.grad is None
+    assert relative_error(weight.main_grad, expected.double()) < GRADIENTS[torch.float32]
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_gradcheck(reduction):
     hidden, weight, bias, targets = problem()

@@ -265,7 +265,7 @@ def test_bad_rows_are_named_and_treated_by_the_rule(caplog):
     assert len(kept) == 4
     text = " ".join(record.getMessage() for record in caplog.records)
     assert "2 dropped: a column holds no value, or one of another kind than the first row's (row 1, 5)" in text
-    assert "1 dropped: too long for max_length (row 2)" in text
+    assert "1 dropped: the prompt alone fills max_length (row 2)" in text
     assert "1 kept: an answer says nothing (row 4)" in text
     assert "1 kept: its answers are equal, so none is preferred (row 3)" in text
     assert text.count("bad_rows='keep'") == 1

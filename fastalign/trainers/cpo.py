@@ -96,7 +96,7 @@ class CPOTrainer(GivenDataTrainer):
             optimizers=optimizers,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
-        settle(self, data_collator)
+        settle(self, data_collator, ANSWERS)
 
     def check(self, sample: dict) -> None:
         """Refuse models with an encoder, and images."""

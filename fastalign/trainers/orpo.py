@@ -77,7 +77,7 @@ class ORPOTrainer(GivenDataTrainer):
             optimizers=optimizers,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
-        settle(self, data_collator)
+        settle(self, data_collator, ANSWERS)
 
     def check(self, sample: dict) -> None:
         """Refuse models with an encoder, and images."""

@@ -89,7 +89,7 @@ class TPOTrainer(GivenDataTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        settle(self, data_collator, len(self.answers))
+        settle(self, data_collator, self.answers)
 
     def check(self, sample: dict) -> None:
         """Refuse models with an encoder, and images."""
