@@ -284,6 +284,10 @@ def test_bad_rows_are_named_and_treated_by_the_rule(caplog):
 
 def test_bad_rows_of_other_forms(caplog):
     tokenizer = tokenizer_of()
+    first = {"prompt": [[user("a")]] * 3, "chosen": [None, [], [assistant("b")]], "rejected": [[assistant("c")]] * 3}
+    first = prepare_preference_dataset(Dataset.from_dict(first), tokenizer, max_length=None, bad_rows="drop")
+    assert first["rejected_ids"] == [tokenizer("c<|im_end|>\n")["input_ids"]]
+    caplog.clear()
     chat = {
         "chosen": [
             [user("a"), assistant("b")],

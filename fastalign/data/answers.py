@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from fastalign import _native
 
-from .bad_rows import CUT, EMPTY, EQUAL, MISSING, NO_TOKENS, OTHER_PROMPT, TOO_LONG, UNUSABLE
+from .bad_rows import CUT, EMPTY, EQUAL, LONG_PROMPT, MISSING, NO_TOKENS, OTHER_PROMPT, TOO_LONG, UNUSABLE
 from .encode import Encoder, row_settings
 from .formats import column_names, extract_prompt, is_conversational, maybe_convert_to_chatml
 from .masks import Tokens, bounds, common_prefix_lengths, flat_column
@@ -43,7 +43,8 @@ class AnswerTokenizer:
         if ids_column(columns, answers[0]):
             return cls(encoder, "tokens", answers, ids_column(columns, "prompt"), columns)
         answer = row[answers[0]]
-        sharegpt = "from" in (answer if isinstance(answer, dict) else answer[0] if isinstance(answer, list) else ())
+        turn = answer[0] if isinstance(answer, list) and answer else answer
+        sharegpt = isinstance(turn, dict) and "from" in turn
         messages = sharegpt or is_conversational({"chosen": answer})
         prompt = "conversations" if sharegpt and "prompt" not in row else "prompt"
         if prompt not in row or isinstance(row[prompt], list) != messages:
@@ -213,7 +214,7 @@ class AnswerTokenizer:
         if self.truncation_mode == "keep_end":
             return answers
         room = np.maximum(self.max_length - prompts.lengths, 0)
-        problems[used] |= TOO_LONG * (room == 0)
+        problems[used] |= LONG_PROMPT * (room == 0)
         if self.unpaired or not over.any():
             return answers
         return [_part(tokens, None, np.minimum(tokens.lengths, room)) for tokens in answers]

@@ -9,12 +9,13 @@ import numpy as np
 logger = logging.getLogger(__name__)
 
 RULES = ("keep", "drop", "error")
-MISSING, TOO_LONG, NO_TOKENS, OTHER_PROMPT, EMPTY, EQUAL, CUT = (1 << i for i in range(7))
-UNUSABLE = MISSING | TOO_LONG | NO_TOKENS | OTHER_PROMPT  # never trained on
+MISSING, LONG_PROMPT, TOO_LONG, NO_TOKENS, OTHER_PROMPT, EMPTY, EQUAL, CUT = (1 << i for i in range(8))
+UNUSABLE = MISSING | LONG_PROMPT | TOO_LONG | NO_TOKENS | OTHER_PROMPT  # never trained on
 DOUBTFUL = EMPTY | EQUAL  # trained on unless told otherwise
 REASONS = {
     MISSING: "a column holds no value, or one of another kind than the first row's",
-    TOO_LONG: "too long for max_length",
+    LONG_PROMPT: "the prompt alone fills max_length",
+    TOO_LONG: "a sequence is longer than max_length",
     NO_TOKENS: "an answer has no tokens",
     OTHER_PROMPT: "the answers do not begin with one common prompt",
     EMPTY: "an answer says nothing",
