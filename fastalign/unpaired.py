@@ -1,4 +1,4 @@
-"""What trainers on judged single answers share: batches, the forward that gives the loss, metrics."""
+"""What trainers on judged single answers share: set-up, batches, the forward that gives the loss, metrics."""
 
 from __future__ import annotations
 
@@ -15,12 +15,57 @@ from torch import Tensor, nn
 
 from .data.batch import TokenBatch
 from .data.pair_batches import UnpairedCollator
+from .data.preferences import prepare_unpaired_dataset
 from .flat_attention import free_tokens
-from .free_tokens import FreeTokens, set_free
+from .free_tokens import FreeTokens, set_free, teach_layers
+from .pairs import disable_dropout, group_lengths, sharing
 from .policy import HeadLoss, head_loss, token_stats
+from .reference import Reference
 
 OUTPUTS = ("entropy", "mean_logit")  # statistics of tokens that the metrics need
-COLUMNS = ("prompt_ids", "completion_ids", "kl_completion_ids", "label", "ref_logps", "ref_kl_logps")
+
+
+def settle(trainer: Any, ref_model: Any, data_collator: Any, **reference: Any) -> Reference:
+    """After construction: dropout off where asked, collators of the user's adapted; the reference of the trainer."""
+    if trainer.args.disable_dropout:
+        disable_dropout(trainer.model)
+    if data_collator is not None:
+        trainer.data_collator = JudgedAdapter(data_collator, trainer.make_collator())
+    names = [name.removesuffix("completion") for name in trainer.answers]  # "" and "kl_"
+    columns = tuple(f"ref_{name}logps" for name in names)
+    found = Reference.make(trainer, ref_model, columns, **reference)
+    if len(columns) > 1 and trainer.policy.flat:
+        teach_layers(trainer.model)
+    return found
+
+
+def prepare_judged(trainer: Any, dataset: Any, name: str) -> Any:
+    """Raw rows -> `prompt_ids`, `completion_ids`, `label`."""
+    args, processing_class = trainer.args, trainer.loaded.processing_class
+    options = {"max_length": args.max_length, "num_proc": args.dataset_num_proc, "name": name}
+    return prepare_unpaired_dataset(dataset, processing_class, **options)
+
+
+def judged_collator(trainer: Any, **options: Any) -> JudgedCollator:
+    """Flat batches, with shared prompts where that saves work, or padded ones."""
+    args, policy = trainer.args, trainer.policy
+    return JudgedCollator(
+        kl=len(trainer.answers) > 1,
+        pad_token_id=trainer.loaded.tokenizer.pad_token_id,
+        flat=policy.flat,
+        share=sharing(trainer, trainer.train_dataset, trainer.answers) if len(trainer.answers) > 1 else False,
+        vocab_size=trainer.model.get_input_embeddings().weight.shape[0],
+        pad_to_multiple_of=args.padding_multiple,
+        max_length=args.max_length,
+        truncation_mode=args.truncation_mode,
+        **options,
+    )
+
+
+def judged_lengths(trainer: Any, dataset: Any) -> np.ndarray:
+    """Tokens that each row takes in a batch, (rows,) int64."""
+    share = getattr(trainer.data_collator, "share", False)
+    return group_lengths(dataset, trainer.answers, flat=trainer.policy.flat, share=share)
 
 
 class JudgedCollator(UnpairedCollator):

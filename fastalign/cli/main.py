@@ -54,6 +54,42 @@ def _dpo(arguments: list[str]) -> int:
     return run("dpo", DPOConfig, DPOTrainer, arguments)
 
 
+def _kto(arguments: list[str]) -> int:
+    set_environment_early(arguments)
+    from fastalign.trainers.kto import KTOConfig, KTOTrainer
+
+    from .train import run
+
+    return run("kto", KTOConfig, KTOTrainer, arguments)
+
+
+def _bco(arguments: list[str]) -> int:
+    set_environment_early(arguments)
+    from fastalign.trainers.bco import BCOConfig, BCOTrainer
+
+    from .train import run
+
+    return run("bco", BCOConfig, BCOTrainer, arguments)
+
+
+def _reward(arguments: list[str]) -> int:
+    set_environment_early(arguments)
+    from fastalign.trainers.reward import RewardConfig, RewardTrainer
+
+    from .train import run
+
+    return run("reward", RewardConfig, RewardTrainer, arguments)
+
+
+def _prm(arguments: list[str]) -> int:
+    set_environment_early(arguments)
+    from fastalign.trainers.prm import PRMConfig, PRMTrainer
+
+    from .train import run
+
+    return run("prm", PRMConfig, PRMTrainer, arguments)
+
+
 def _demo(arguments: list[str]) -> int:
     from fastalign.demo import main
 
@@ -84,6 +120,10 @@ COMMANDS = {  # name -> (what it does, the function that takes the remaining arg
     "orpo": ("fine-tuning and preferences in one, without a reference", _orpo),
     "tpo": ("preferences and a gold answer, without a reference", _tpo),
     "dpo": ("preference optimisation on pairs of answers (DPO and its relatives)", _dpo),
+    "kto": ("KTO and APO-zero on answers judged good or bad", _kto),
+    "bco": ("BCO on answers judged good or bad", _bco),
+    "reward": ("reward model from pairs of answers", _reward),
+    "prm": ("process reward model from judged steps", _prm),
     "report": ("one HTML file with the curves and samples of a run", _report),
     "demo": ("train and evaluate a small model here, in about a minute", _demo),
     "bench": ("run the benchmarks of a source checkout", _bench),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 import torch
@@ -15,13 +14,12 @@ from transformers import TrainingArguments
 from ..config import AlignConfig, arg
 from ..config_groups import one_of
 from ..data.batch import TokenBatch
-from ..data.preferences import prepare_unpaired_dataset, rotate_completions
-from ..free_tokens import teach_layers
+from ..data.preferences import rotate_completions
 from ..given_data import GivenDataTrainer
-from ..pairs import PairArgs, disable_dropout, group_lengths, sharing
+from ..pairs import PairArgs
 from ..policy import logits_forward
 from ..reference import Reference, ReferenceArgs
-from ..unpaired import COLUMNS, JudgedAdapter, JudgedCollator, record_unpaired, unpaired_loss
+from ..unpaired import judged_collator, judged_lengths, prepare_judged, record_unpaired, settle, unpaired_loss
 
 logger = logging.getLogger(__name__)
 
@@ -103,16 +101,13 @@ class KTOTrainer(GivenDataTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if data_collator is not None:
-            self.data_collator = JudgedAdapter(data_collator, self.make_collator())
-        if self.args.disable_dropout:
-            disable_dropout(self.model)
-        columns = ("ref_logps", "ref_kl_logps") if self.args.estimates_kl else ("ref_logps",)
-        self.reference = Reference.make(
-            self, ref_model, columns, has_new_adapter=peft_config is not None, quantization_config=quantization_config
+        self.reference = settle(
+            self,
+            ref_model,
+            data_collator,
+            has_new_adapter=peft_config is not None,
+            quantization_config=quantization_config,
         )
-        if self.args.estimates_kl and self.policy.flat:
-            teach_layers(self.model)
 
     @property
     def ref_model(self):
@@ -143,13 +138,7 @@ class KTOTrainer(GivenDataTrainer):
     def prepare_dataset(self, dataset, name: str, training: bool):
         """Raw rows -> `prompt_ids`, `completion_ids`, `label` and, for the KL term, `kl_completion_ids`."""
         args = self.args
-        dataset = prepare_unpaired_dataset(
-            dataset,
-            self.loaded.processing_class,
-            max_length=args.max_length,
-            num_proc=args.dataset_num_proc,
-            name=name,
-        )
+        dataset = prepare_judged(self, dataset, name)
         if training and isinstance(dataset, Dataset):
             _check_weights(np.asarray(dataset.with_format("numpy")["label"]), args)
         if not args.estimates_kl:
@@ -160,34 +149,23 @@ class KTOTrainer(GivenDataTrainer):
         dataset = super()._prepared(dataset, name, training)
         return dataset if self.reference is None else self.reference.complete(dataset, name)
 
-    def make_collator(self) -> JudgedCollator:
-        """Flat batches, with shared prompts where that saves work, or padded ones."""
-        args = self.args
-        return JudgedCollator(
-            kl=args.estimates_kl,
-            pad_token_id=cast(int, self.loaded.tokenizer.pad_token_id),
-            flat=self.policy.flat,
-            share=sharing(self, self.train_dataset, self._answers),
-            vocab_size=self.model.get_input_embeddings().weight.shape[0],
-            pad_to_multiple_of=args.padding_multiple,
-            max_length=args.max_length,
-            truncation_mode=args.truncation_mode,
-        )
-
     @property
-    def _answers(self) -> tuple[str, ...]:
+    def answers(self) -> tuple[str, ...]:
+        """The columns of answers that a row has, without "_ids"."""
         return ("completion", "kl_completion") if self.args.estimates_kl else ("completion",)
+
+    def make_collator(self):
+        """Batches in which the mismatched answers share the prompts, and need no gradient."""
+        return judged_collator(self)
 
     def example_lengths(self, dataset) -> np.ndarray:
         """Tokens that each row takes in a batch, (rows,) int64."""
-        if self.args.length_column_name in dataset.column_names:
-            return super().example_lengths(dataset)
-        share = getattr(self.data_collator, "share", False)
-        return group_lengths(dataset, self._answers, flat=self.policy.flat, share=share)
+        return judged_lengths(self, dataset)
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            self._signature_columns = [*COLUMNS]
+            ids = [f"{name}_ids" for name in ("prompt", *self.answers)]
+            self._signature_columns = [*ids, "label", "ref_logps", "ref_kl_logps"]
 
     # Loss
 

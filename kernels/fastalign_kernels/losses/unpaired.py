@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -73,11 +74,18 @@ def bco_loss(
     return RowLosses(losses, rewards.detach())
 
 
-def running_mean(mean: Tensor, count: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and count (0-dim) of all values so far, from those before `values` (R,): BCO's reward shift, detached."""
-    values = values.detach()
-    total = count + values.numel()
-    return mean + (values - mean).sum() / total.clamp(min=1), total
+def running_mean(
+    mean: Tensor, count: Tensor, values: Tensor, reduce: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Mean and count (0-dim) of all values so far, from those before `values` (R,): BCO's reward shift, detached.
+
+    `reduce` sums a 1-D tensor over the ranks, each of which has values of its own.
+    """
+    excess = (values.detach() - mean).sum()
+    added = torch.stack([excess, torch.full_like(excess, values.numel())])
+    excess, number = added if reduce is None else reduce(added)
+    total = count + number
+    return mean + excess / total.clamp(min=1), total
 
 
 def density_ratio_weights(
