@@ -121,14 +121,13 @@ def test_low_rank_with_all_settings():
 def test_weighted_sum_of_many_logits_fits_into_16_bits(dtype):
     """The sum over the vocabulary is 1e5 and more, beyond fp16; rounded to bf16 it would be off by hundreds."""
     vocabulary = 20000
-    weight = (torch.randn(vocabulary, D) * 0.1 - torch.eye(1, D) * 8).to(dtype).requires_grad_()
-    hidden = (torch.randn(6, D) * 0.1 + torch.eye(1, D)).to(dtype).requires_grad_()
+    weight = (torch.randn(vocabulary, D) * 0.1 - torch.eye(1, D) * 8).to(dtype)
+    hidden = (torch.randn(6, D) * 0.1 + torch.eye(1, D)).to(dtype)
     targets, class_weights = torch.randint(vocabulary, (6,)), torch.rand(vocabulary)
-    exact = leaves(hidden, weight)
     options = {"label_smoothing": 1.0, "reduction": "none"}
-    expected = F.cross_entropy(exact[0] @ exact[1].t(), targets, class_weights.double(), **options)
+    expected = F.cross_entropy(hidden.double() @ weight.double().t(), targets, class_weights.double(), **options)
     found = fk.linear_cross_entropy(hidden, weight, targets, class_weights=class_weights, **options)
-    assert_equal(found, expected, (hidden, weight), exact, dtype)
+    assert (found - expected).abs().max() < STATISTICS[dtype] / 4  # errors of single logits average out
 
 
 def test_weighted_smoothing_under_autocast_and_with_main_grad():

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastalign_kernels.head.deferred import deferred
 from fastalign_kernels.head.fused import fused
@@ -18,6 +19,7 @@ from fastalign_kernels.losses.supervised import dft as dft_loss
 from fastalign_kernels.losses.supervised import nll, smoothed_nll
 
 Reduction = Literal["mean", "sum", "none"]
+BLOCK_ROWS = 4096  # of a matrix that is cast to fp32 a part at a time
 
 
 @dataclass
@@ -59,16 +61,50 @@ class _TokenLosses:
     def column_term(self, scored: Scored, weight: Tensor, bias: Tensor | None) -> Tensor:
         """(N,) sum over the columns of class weight times logit, from W^T w: a linear function of the hidden state."""
         assert self.class_weights is not None
-        w, dtype = self.class_weights, scored.hidden.dtype
-        row = w.to(dtype).unsqueeze(0)
-        total = (scored.hidden @ (row @ weight.to(dtype)).t()).squeeze(1).to(w.dtype)
-        if bias is not None:
-            total = total + bias.to(w.dtype) @ w
-        if scored.low_rank is not None:
-            u, b = scored.low_rank
-            total = total + (u.to(dtype) @ (row @ b.to(dtype)).t()).squeeze(1).to(w.dtype)
+        w = self.class_weights
+        with torch.autocast(w.device.type, enabled=False):
+            total = _WeightedColumns.apply(scored.hidden, weight, w, getattr(weight, "main_grad", None))
+            if bias is not None:
+                total = total + bias.to(w.dtype) @ w
+            if scored.low_rank is not None:
+                total = total + _WeightedColumns.apply(*scored.low_rank, w, None)
         temperature = scored.form.temperature
         return total * scored.form.scale / (temperature.detach() if isinstance(temperature, Tensor) else temperature)
+
+
+class _WeightedColumns(torch.autograd.Function):
+    """left (N, K) right (V, K)^T w in the dtype of w (V,), fp32 or wider: a sum of V logits is beyond fp16."""
+
+    @staticmethod
+    def forward(ctx, left, right, w, main_grad):
+        total = _row_sum(right, w)
+        ctx.save_for_backward(left, right, w, total)
+        ctx.main_grad = main_grad
+        return torch.cat([rows.to(w.dtype) @ total for rows in left.split(BLOCK_ROWS)])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        left, right, w, total = ctx.saved_tensors
+        to_left = to_right = None
+        if ctx.needs_input_grad[0]:
+            to_left = torch.mul(grad.unsqueeze(1), total, out=torch.empty_like(left))
+        if ctx.needs_input_grad[1]:
+            with torch.autocast(w.device.type, enabled=False):
+                factors = w.unsqueeze(1), _row_sum(left, grad)
+            if ctx.main_grad is None:
+                to_right = torch.mul(*factors, out=torch.empty_like(right))
+            else:
+                ctx.main_grad.addcmul_(*factors)
+        return to_left, to_right, None, None
+
+
+def _row_sum(matrix: Tensor, factors: Tensor) -> Tensor:
+    """(K,) matrix^T factors of (M, K) and (M,), in the dtype of the factors, whatever the matrix has."""
+    total = factors.new_zeros(matrix.shape[1])
+    for rows, part in zip(matrix.split(BLOCK_ROWS), factors.split(BLOCK_ROWS), strict=True):
+        total += part @ rows.to(factors.dtype)
+    return total
 
 
 def _check(reduction: str, label_smoothing: float, dft: bool, weights: Tensor | None, weight: Tensor, capped: bool):
