@@ -151,6 +151,15 @@ for _size in (896, 4096):
     case(f"embedding D={_size}")(lambda d=_size: _embedding(d, BF16))
 
 
+@case("fp8 K=4096")
+def _fp8() -> None:
+    from fastalign_kernels.layers.fp8 import quantise_columns, quantise_rows
+
+    if os.environ["FASTALIGN_ARCH"] != "80":  # e4m3 came after Ampere
+        quantise_rows(_matrix(ROWS, 4096))
+        quantise_columns(_matrix(ROWS, 4096))
+
+
 @case("launches of a cross-entropy with masked targets")
 def _masked() -> None:
     from fastalign_kernels import linear_cross_entropy
