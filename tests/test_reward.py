@@ -1,6 +1,7 @@
 """RewardTrainer against TRL's on the same model, data and order; what it adds: flat, shared and budgeted batches."""
 
 import copy
+import json
 import logging
 import math
 
@@ -13,6 +14,7 @@ from test_reward_head import classifier, rows
 from tiny import tiny_model, tiny_tokenizer
 
 import fastalign
+from fastalign.cli.main import main
 from fastalign.data.pair_batches import AnswerCollator
 from fastalign.reward_head import prepare_reward_model, read_before_padding, scores
 from fastalign.trainers.reward import ANSWERS, RewardCollator
@@ -296,6 +298,35 @@ def test_a_model_by_name_gets_one_label_and_adapters_train_its_head(tmp_path, ca
     config = peft.LoraConfig(r=2, target_modules=["q_proj"])
     _trainer(fastalign, tmp_path, peft_config=config)
     assert "modules_to_save" in caplog.text
+
+
+@pytest.mark.parametrize("command, adapters", [("reward", True), ("prm", False)])
+def test_commands(command, adapters, tmp_path):
+    """From pairs or judged steps to a model that loads as a classifier."""
+    import transformers
+
+    if adapters:
+        pytest.importorskip("peft")
+    if command == "reward":
+        rows_ = _texts()
+    else:
+        rows_ = [{"prompt": "a", "completions": ["b", "c d"], "labels": [True, i % 2 == 0]} for i in range(8)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows_)))
+    tiny_model("qwen2").config.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    line = ["--model_name_or_path", str(tmp_path / "model"), "--from_scratch", "--dataset_name", str(data)]
+    line += ["--max_steps", "2", "--use_cpu", "--bf16", "false", "--report_to", "none", "--save_strategy", "no"]
+    line += ["--output_dir", str(tmp_path / "out"), *(["--use_peft"] if adapters else [])]
+    assert main([command, *line]) == 0
+    log = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    assert math.isfinite(log[-1]["train_loss"])
+    if adapters:
+        found = (tmp_path / "out" / "adapter_config.json").read_text()
+        assert json.loads(found)["task_type"] == "SEQ_CLS" and "score" in json.loads(found)["modules_to_save"]
+    else:
+        loaded = transformers.AutoModelForTokenClassification.from_pretrained(tmp_path / "out")
+        assert loaded.config.num_labels == 2
 
 
 def test_what_does_not_fit_is_refused(tmp_path):

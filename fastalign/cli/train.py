@@ -85,7 +85,7 @@ def make_trainer(trainer_class, script_args, training_args, model_args, mixture)
         evaluation = dataset[test]
     model, given = model_args.model_name_or_path, {}
     if model_args.from_scratch:
-        model, given["processing_class"] = model_from_scratch(model_args, training_args)
+        model, given["processing_class"] = model_from_scratch(model_args, training_args, trainer_class)
     else:
         training_args.model_init_kwargs = {
             "revision": model_args.model_revision,
@@ -122,15 +122,16 @@ def load_data(script_args: ScriptArguments, mixture: DatasetMixtureConfig):
     raise ValueError("Give the data: `dataset_name` (Hub name, folder or file), or `datasets` in the config file.")
 
 
-def model_from_scratch(model_args: ModelConfig, training_args):
-    """A model with random weights from the folder's config.json, and the folder's tokenizer."""
+def model_from_scratch(model_args: ModelConfig, training_args, trainer_class):
+    """A model of the trainer's kind with random weights from the folder's config.json, and the folder's tokenizer."""
     source, trust = str(model_args.model_name_or_path), training_args.trust_remote_code
     revision = model_args.model_revision
     set_seed(training_args.seed)
-    config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust)
+    labels = {"num_labels": trainer_class.num_labels} if trainer_class.model_kind else {}
+    config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust, **labels)
     options = {"attn_implementation": model_args.attn_implementation} if model_args.attn_implementation else {}
     dtype = (config.dtype or torch.float32) if model_args.dtype == "auto" else getattr(torch, str(model_args.dtype))
-    kind: Any = model_class(config)
+    kind: Any = trainer_class.model_kind or model_class(config)
     make = getattr(kind, "_from_config", None) or kind.from_config  # the auto classes have the second only
     model = make(config, dtype=dtype, **options)
     logger.warning(

@@ -88,7 +88,7 @@ def prepare_sft_dataset(
         columns=columns,
         name=name,
     )
-    return _run(dataset, step, num_proc)
+    return run_tokenizer(dataset, step, num_proc)
 
 
 def _kind(row: dict[str, Any], text_column: str, formatting_func: Callable | None) -> str:
@@ -187,7 +187,7 @@ class SFTTokenizer:
 
     def _text(self, batch: Any) -> Rows:
         if self.formatting_func is None:
-            texts = _values(batch, self.text_column)
+            texts = values_of(batch, self.text_column)
         else:
             names = list(batch.keys())
             rows = zip(*(batch[name] for name in names), strict=True)
@@ -206,11 +206,11 @@ class SFTTokenizer:
             raise ValueError(f"The {source} must hold strings; a row of the {self.name} dataset holds {wrong[0]!r}.")
 
     def _settings(self, batch: Any, rows: int) -> list[dict[str, Any]] | None:
-        tools, kwargs = (_values(batch, c) if c in self.columns else None for c in ("tools", "chat_template_kwargs"))
+        tools, kwargs = (values_of(batch, c) if c in self.columns else None for c in ("tools", "chat_template_kwargs"))
         return row_settings(rows, tools, kwargs)
 
     def _messages(self, batch: Any) -> Rows:
-        conversations = _values(batch, "messages" if "messages" in self.columns else "conversations")
+        conversations = values_of(batch, "messages" if "messages" in self.columns else "conversations")
         if self.sharegpt:
             conversations = [maybe_convert_to_chatml({"messages": turns})["messages"] for turns in conversations]
         settings = self._settings(batch, len(conversations))
@@ -218,7 +218,7 @@ class SFTTokenizer:
         return self._rows(tokens, [] if mask is None else [mask], mask)
 
     def _prompt_completion(self, batch: Any) -> Rows:
-        prompts, completions = _values(batch, "prompt"), _values(batch, "completion")
+        prompts, completions = values_of(batch, "prompt"), values_of(batch, "completion")
         settings = None
         if self.conversational:
             settings = self._settings(batch, len(prompts))
@@ -243,12 +243,14 @@ class SFTTokenizer:
         return Rows(tokens.ids, build_labels(tokens.ids, masks), tokens.lengths)
 
 
-def _values(batch: Mapping[str, Any] | pa.Table, name: str) -> list[Any]:
+def values_of(batch: Mapping[str, Any] | pa.Table, name: str) -> list[Any]:
+    """A column as Python values."""
     column = batch[name]
     return column.to_pylist() if isinstance(column, pa.ChunkedArray) else list(column)
 
 
-def _run(dataset: Dataset | IterableDataset, step: SFTTokenizer, num_proc: int | None) -> Dataset | IterableDataset:
+def run_tokenizer(dataset: Dataset | IterableDataset, step: Any, num_proc: int | None) -> Dataset | IterableDataset:
+    """The dataset through `step`, an SFTTokenizer or another dataclass with its fields and methods; cached."""
     features = Features({column: List(Value("int32")) for column in ("input_ids", "labels")})
     if isinstance(dataset, IterableDataset):
         return dataset.with_format(None).map(step.lists, batched=True, remove_columns=step.columns, features=features)
@@ -269,7 +271,7 @@ def _run(dataset: Dataset | IterableDataset, step: SFTTokenizer, num_proc: int |
     return result
 
 
-def _check_result(result: Dataset, step: SFTTokenizer, rows: int) -> None:
+def _check_result(result: Dataset, step: Any, rows: int) -> None:
     """Log what was cut and dropped. ValueError when no token is left to learn from."""
     dropped = rows - len(result)
     if step.counts["truncated"] or dropped:

@@ -19,7 +19,7 @@ from ..data.batch import TokenBatch
 from ..data.pair_batches import AnswerCollator
 from ..data.preferences import prepare_reward_dataset
 from ..given_data import GivenDataTrainer
-from ..models import set_chat_template, set_eos_token, set_pad_token
+from ..models import set_chat_template, set_eos_token
 from ..pairs import AnswerArgs, disable_dropout, group_lengths, sharing
 from ..policy import PolicyInfo
 from ..reward_head import prepare_reward_model, read_before_padding, score_loss, warn_of_untrained_head
@@ -91,7 +91,7 @@ class RewardTrainer(GivenDataTrainer):
         super().__init__(
             model,
             args,
-            data_collator,
+            None,
             train_dataset,
             eval_dataset,
             processing_class,
@@ -104,7 +104,7 @@ class RewardTrainer(GivenDataTrainer):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         if data_collator is not None:
-            self.data_collator = _PairsOfRows(data_collator, self.make_collator())
+            self.data_collator = _PairsOfRows(data_collator, self.data_collator)
         if self.args.disable_dropout:
             disable_dropout(self.model)
         warn_of_untrained_head(self.model)
@@ -124,10 +124,9 @@ class RewardTrainer(GivenDataTrainer):
             )
 
     def adapt(self) -> None:
-        """End token, chat template and pad token, without which the model would not find the end of a sequence."""
+        """End token and chat template."""
         set_eos_token(self.loaded, self.args.eos_token)
         set_chat_template(self.loaded, self.args.chat_template_path)
-        set_pad_token(self.loaded, self.args.pad_token)
 
     def prepare_model(self) -> PolicyInfo:
         """Flat batches where the backbone takes them."""

@@ -1,0 +1,174 @@
+"""Answers in steps, each judged right or wrong, to token ids with a label at the end of every step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import Dataset, IterableDataset
+from fastalign_kernels.losses.reward import step_labels
+
+from .batch import TokenBatch
+from .collate import collate_flat, collate_padded
+from .columns import read_rows
+from .encode import Encoder
+from .formats import column_names, first_row
+from .masks import IGNORED, Rows, Tokens, bounds
+from .tokenize import run_tokenizer, values_of
+
+
+def prepare_stepwise_dataset(
+    dataset: Dataset | IterableDataset,
+    processing_class: Any,
+    *,
+    step_separator: str = "\n",
+    max_length: int | None,
+    max_completion_length: int | None = None,
+    last_step_only: bool = False,
+    num_proc: int | None = None,
+    name: str = "train",
+) -> Dataset | IterableDataset:
+    """Tokenize `prompt` (text), `completions` (texts of steps) and `labels` (one per step): `input_ids` and `labels`.
+
+    A sequence is the BOS token (where the tokenizer has one), the prompt, and each step with the separator behind it;
+    its label stands at the separator's last token, all others are -100. Texts get no special tokens. Completions are
+    cut to `max_completion_length`, then sequences to `max_length`, in tokens; rows without a label left are dropped.
+    Rows that have `input_ids` are left as they are. ValueError for other data.
+    """
+    columns = column_names(dataset)
+    if "input_ids" in columns:
+        return dataset
+    if missing := [column for column in ("prompt", "completions", "labels") if column not in columns]:
+        raise ValueError(
+            f"Stepwise supervision needs the columns prompt, completions and labels; {missing} missing from the "
+            f"{name} dataset, found {sorted(columns)}."
+        )
+    if not isinstance(first_row(dataset, name)["prompt"], str):
+        raise ValueError(f"The column `prompt` of the {name} dataset must hold texts; render conversations first.")
+    encoder = Encoder(processing_class, None)
+    separator = encoder.texts([step_separator], special_tokens=False).ids
+    bos = getattr(processing_class, "tokenizer", processing_class).bos_token_id
+    step = StepTokenizer(
+        encoder,
+        [] if bos is None else [bos],
+        separator,
+        last_step_only,
+        max_length,
+        max_completion_length,
+        columns,
+        name,
+    )
+    return run_tokenizer(dataset, step, num_proc)
+
+
+@dataclass
+class StepTokenizer:
+    """Turns a batch of raw rows into `Rows`; called by `Dataset.map`."""
+
+    encoder: Encoder
+    begin: list[int]  # the BOS token, where there is one
+    separator: np.ndarray  # (n,) int32
+    last_step_only: bool
+    max_length: int | None  # tokens
+    max_completion_length: int | None  # tokens
+    columns: list[str]
+    name: str
+    kind: str = "stepwise"
+    formatting_func: None = None
+    counts: dict[str, int] = field(default_factory=lambda: {"truncated": 0})
+
+    def __call__(self, batch: Mapping[str, Any] | pa.Table) -> pa.Table:
+        """Arrow table with the columns `input_ids` and `labels`."""
+        prompts, completions, labels = (values_of(batch, name) for name in ("prompt", "completions", "labels"))
+        self._check(prompts, completions, labels)
+        alone = self._texts(prompts)
+        steps = self._texts(list(chain.from_iterable(completions)))
+        made, number = [], 0
+        for prompt, row, judged in zip(alone, completions, labels, strict=True):
+            made.append(self._sequence(prompt, steps[number : number + len(row)], judged))
+            number += len(row)
+        lengths = np.array([len(ids) for ids, _ in made], np.int64)
+        empty = np.zeros(0, np.int32)
+        rows = Rows(*(np.concatenate([empty, *part]).astype(np.int32) for part in zip(*made, strict=True)), lengths)
+        if self.max_length is not None:
+            self.counts["truncated"] += int((lengths > self.max_length).sum())
+            rows = rows.truncated(self.max_length, "keep_start")
+        return rows.take(rows.scored()).table()
+
+    def lists(self, batch: Mapping[str, Any]) -> dict[str, list]:
+        """The same as lists, which streams want."""
+        return self(batch).to_pydict()
+
+    def _texts(self, texts: list[str]) -> list[np.ndarray]:
+        tokens = self.encoder.texts(texts, special_tokens=False) if texts else Tokens.of([])
+        return np.split(tokens.ids, bounds(tokens.lengths)[1:-1]) if texts else []
+
+    def _sequence(self, prompt: np.ndarray, steps: list[np.ndarray], judged: list) -> tuple[np.ndarray, np.ndarray]:
+        ids = [np.asarray(self.begin, np.int32), prompt]
+        for step in steps:
+            ids += [step, self.separator]
+        start = len(self.begin) + len(prompt)
+        ends = [len(step) + len(self.separator) for step in steps]
+        labels = step_labels(ends, judged, prompt_length=start, last_step_only=self.last_step_only).numpy()
+        limit = None if self.max_completion_length is None else start + self.max_completion_length
+        return np.concatenate(ids)[:limit], labels[:limit]
+
+    def _check(self, prompts: list, completions: list, labels: list) -> None:
+        for i, (prompt, steps, judged) in enumerate(zip(prompts, completions, labels, strict=True)):
+            if not isinstance(prompt, str) or not isinstance(steps, list) or not isinstance(judged, list):
+                raise ValueError(
+                    f"Row {i} of a batch of the {self.name} dataset must have a text `prompt` and lists `completions` "
+                    f"and `labels`, found {type(prompt).__name__}, {type(steps).__name__}, {type(judged).__name__}."
+                )
+            if len(steps) != len(judged) or None in steps or None in judged:
+                raise ValueError(
+                    f"A row of the {self.name} dataset has {len(steps)} `completions` and {len(judged)} `labels`; "
+                    f"give one label per step (row {i} of its batch, prompt {prompt[:80]!r})."
+                )
+
+
+class StepCollator:
+    """Rows `input_ids` and `labels` -> TokenBatch that reads the positions with a label, which is their target.
+
+    Raises ValueError as `collate_flat`, and for labels of no class.
+    """
+
+    reads_arrow = True
+    columns = ("input_ids", "labels")
+
+    def __init__(self, *, pad_token_id: int, num_labels: int, flat: bool, vocab_size: int, pad_to_multiple_of=None):
+        self.pad_token_id, self.num_labels, self.flat = pad_token_id, num_labels, flat
+        self.options = {"vocab_size": vocab_size, "pad_to_multiple_of": pad_to_multiple_of}
+
+    def __call__(self, rows: pa.Table | list[dict]) -> TokenBatch:
+        if not isinstance(rows, pa.Table) and isinstance(rows[0], pa.Table):
+            rows = pa.concat_tables(rows)
+        as_arrow = isinstance(rows, pa.Table)
+        ids, labels = (rows.column(n) if as_arrow else [row[n] for row in rows] for n in self.columns)
+        collate = collate_flat if self.flat else collate_padded
+        batch = collate(ids, pad_token_id=self.pad_token_id, **self.options)
+        found = read_rows("labels", labels)
+        if not np.array_equal(found.lengths, read_rows("input_ids", ids).lengths):
+            raise ValueError("Columns `input_ids` and `labels` must be equally long in every row.")
+        scored = np.flatnonzero(found.values != IGNORED)
+        classes = found.values[scored].astype(np.int64)
+        if (wrong := np.flatnonzero((classes < 0) | (classes >= self.num_labels))).size:
+            row, position = found.locate(int(scored[wrong[0]]))
+            raise ValueError(
+                f"Column `labels`, row {row}, position {position}: {classes[wrong[0]]} is no class; labels must be "
+                f"-100 or from 0 to {self.num_labels - 1}."
+            )
+        row = np.searchsorted(found.bounds, scored, side="right") - 1
+        source = scored if self.flat else row * batch.input_ids.shape[1] + scored - found.bounds[row]
+        return replace(
+            batch,
+            source=torch.from_numpy(source),
+            targets=torch.from_numpy(classes),
+            row=torch.from_numpy(row),
+            weight=torch.ones(len(scored)),
+        )
