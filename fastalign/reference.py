@@ -33,6 +33,7 @@ from .policy import prepare_policy, token_stats
 
 logger = logging.getLogger(__name__)
 REF_ADAPTER = "ref"
+CACHE_LAYOUT = 1  # counted up when the same model and data give other numbers
 
 
 @dataclass
@@ -197,7 +198,7 @@ class Reference:
         """Where these rows' log-probabilities under this model and these settings are kept."""
         args = self.trainer.args
         names = ("mixed_precision", "ld_alpha", "max_length", "truncation_mode")
-        settings = (self._source, self.columns, *(getattr(args, name, None) for name in names))
+        settings = (CACHE_LAYOUT, self._source, self.columns, *(getattr(args, name, None) for name in names))
         key = hashlib.sha256(repr((dataset._fingerprint, self._content, settings)).encode()).hexdigest()[:32]
         return Path(HF_DATASETS_CACHE) / "fastalign_reference" / f"{key}.npy"
 

@@ -12,12 +12,17 @@ from tiny import tiny_model, tiny_tokenizer
 trl = pytest.importorskip("trl")
 
 import fastalign  # noqa: E402
-from fastalign import given_data, prepare_policy  # noqa: E402
+from fastalign import given_data, prepare_policy, reference  # noqa: E402
 
 # A reward is beta times the difference of two sums of log-probabilities of about 100 nats; their last bits, taken in
 # another order, leave an absolute error. Losses and gradients follow the rewards.
 SUM_ERROR = 3e-7  # of the size of the sums
 EXPONENTIAL_RTOL = 5e-5  # the gradient of exp(-ratio) is multiplied by it, and so has its absolute error of about 1e-5
+
+
+@pytest.fixture(autouse=True)
+def cache_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(reference, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
 def pairs(form: str = "text", n: int = 16) -> Dataset:

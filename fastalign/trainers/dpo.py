@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -237,3 +237,8 @@ class DPOTrainer(GivenDataTrainer):
             return loss
         with torch.no_grad():
             return loss, logits_forward(model, inputs)
+
+    def prediction_step(self, model, inputs, prediction_loss_only: bool, ignore_keys=None):
+        """(loss, logits, labels) of one batch, chosen rows before rejected ones, without gradients."""
+        found: Any = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        return found[0], *(rows if rows is None else torch.cat([rows[::2], rows[1::2]]) for rows in found[1:])
