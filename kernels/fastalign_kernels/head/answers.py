@@ -125,7 +125,8 @@ def total_over_groups(
     """Loss with its graph, detached details over all groups, and detached statistics in the caller's order.
 
     The loss is the sum of the objective over spans of whole groups (`fused`). A `coupled` one sees all tokens at once,
-    through `deferred` if they fill more than a chunk; so does any with a group longer than `LONGEST_GROUP` chunks.
+    through `deferred` if they fill more than a chunk; so does any with a group longer than `LONGEST_GROUP` chunks, and
+    one without tokens, for which `fused` asks nobody.
     """
     num_tokens, whole = targets.numel(), slice(0, targets.numel())
     temperature = form.temperature
@@ -137,7 +138,7 @@ def total_over_groups(
     head |= {"form": form, "low_rank": low_rank, "outputs": tuple(dict.fromkeys(outputs))}
     wide = hidden.is_cuda and hidden.dtype.itemsize == 2
     limit = chunk or chunk_size(weight.shape[0], 4 if wide else hidden.dtype.itemsize, hidden.device)
-    if (coupled and num_tokens > limit) or answers.longest_group > LONGEST_GROUP * limit:
+    if (coupled and num_tokens > limit) or answers.longest_group > LONGEST_GROUP * limit or not num_tokens:
         stats = deferred(*tokens, chunk=chunk, **head)
         loss, details = objective(stats, whole)
     else:

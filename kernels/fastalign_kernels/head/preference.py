@@ -313,7 +313,7 @@ def linear_unpaired_loss(
             f"loss_type={loss_type!r} without reference or baseline: give ref_logps or a ReferenceHead, and z"
         )
     labels = labels.to(hidden.device, torch.bool)
-    weights = settings.pop("undesirable_weights", None)
+    weights = settings.pop("undesirable_weights", None) if loss_type == "bco" else None
     divisor = max(1, labels.numel()) if row_divisor is None else row_divisor
     shift = None if callable(baseline) else baseline
 
