@@ -103,19 +103,20 @@ class JudgedAdapter:
         if isinstance(made, TokenBatch):
             return made
         kinds = {"": "completion"} | ({"KL_": "kl_completion"} if len(self.collator.answers) > 1 else {})
-        names = [f"{kind}{name}" for kind in kinds for name in ("input_ids", "attention_mask", "completion_mask")]
+        parts = ("input_ids", "attention_mask", "completion_mask")
+        names = [f"{kind}{part}" for kind in kinds for part in parts]
         if not hasattr(made, "keys") or (missing := {*names, "label"} - set(made)):
             found = f"missing {sorted(missing)}" if hasattr(made, "keys") else type(made).__name__
             raise TypeError(f"`data_collator` must return a dictionary with {', '.join(names)} and label: {found}.")
         taken: list[dict] = [{"label": bool(label)} for label in made["label"]]
         for kind, name in kinds.items():
-            for row, *parts in zip(taken, *(made[n] for n in names if n.startswith(kind or "i")), strict=False):
-                ids, mask, of_answer = (torch.as_tensor(part) for part in parts)
+            for row, *tensors in zip(taken, *(made[f"{kind}{part}"] for part in parts), strict=True):
+                ids, mask, of_answer = (torch.as_tensor(tensor) for tensor in tensors)
                 real = mask.bool()
                 row["prompt_ids"] = ids[real & (of_answer == 0)].tolist()
                 row[f"{name}_ids"] = ids[real & (of_answer == 1)].tolist()
         for source, name in {"ref_logps": "ref_logps", "ref_KL_logps": "ref_kl_logps"}.items():
-            for row, value in zip(taken, made.get(source, ()), strict=False):
+            for row, value in zip(taken, made[source] if source in made else (), strict=False):
                 row[name] = float(value)
         return self.collator(taken)
 

@@ -2,13 +2,19 @@
 
 import copy
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 from datasets import Dataset
+from pair_runs import assert_same_interface
 from tiny import tiny_model, tiny_tokenizer
 
 import fastalign
+from fastalign.flat_attention import free_tokens
+from fastalign.free_tokens import FreeTokens, teach_layers
+from fastalign.policy import head_loss, prepare_policy
+from fastalign.unpaired import JudgedCollator
 
 trl = pytest.importorskip("trl")
 
@@ -39,7 +45,7 @@ def pairs(n: int = 8) -> Dataset:
     return Dataset.from_list(rows)
 
 
-def make(library, folder, family="llama", data=None, evaluation=None, **given):
+def make(library, folder, family="llama", data=None, evaluation=None, padded=False, **given):
     kind = library.KTOConfig
     arguments = {name: given.pop(name) for name in list(given) if name not in kind.__dataclass_fields__}
     settings = {
@@ -55,20 +61,22 @@ def make(library, folder, family="llama", data=None, evaluation=None, **given):
         "use_cpu": True,
         "disable_tqdm": True,
     } | given
-    torch.manual_seed(0)
-    return library.KTOTrainer(
-        tiny_model(family) if isinstance(family, str) else family,
+    trainer = library.KTOTrainer(
+        tiny_model(family),
         args=kind(**settings),
         train_dataset=judged() if data is None else data,
         eval_dataset=evaluation,
         processing_class=copy.deepcopy(tiny_tokenizer()),
         **({"ref_model": tiny_model(family, seed=3)} if "peft_config" not in arguments else {}) | arguments,
     )
+    if padded:
+        trainer.data_collator.flat = False
+    return trainer
 
 
-def history(trainer, evaluate=False) -> list[dict]:
+def history(trainer, evaluate=None) -> list[dict]:
     trainer.train()
-    if evaluate:
+    if evaluate is not None:
         trainer.evaluate()
     log = trainer.state.log_history
     return [{k: v for k, v in entry.items() if not any(part in k for part in CLOCK)} for entry in log]
@@ -93,12 +101,14 @@ def lora():
 CASES = {  # name -> (model family, data, settings, settings of ours alone)
     "shared": ("llama", judged, {}, {"share_prefix": True}),
     "apart": ("llama", judged, {}, {"share_prefix": False}),
+    "padded": ("llama", judged, {}, {"padded": True}),
     "conversations, paired": ("qwen3", pairs, {"beta": 0.3}, {}),
     "apo": ("qwen2", judged, {"loss_type": "apo_zero_unpaired", "train_sampling_strategy": "random"}, {}),
     "weights": ("llama", judged, {"desirable_weight": 0.7, "undesirable_weight": 1.3, "max_length": 14}, {}),
     "accumulation": ("llama", judged, {"gradient_accumulation_steps": 2, "logging_steps": 2}, {}),
-    "moe": ("qwen3_moe", judged, {"router_aux_loss_coef": 0.05}, {"share_prefix": True}),
+    "experts": ("qwen3_moe", judged, {"router_aux_loss_coef": 0.05}, {"share_prefix": True}),
     "window": ("gemma2", judged, {"gradient_checkpointing": False}, {"share_prefix": True}),
+    "recurrent": ("mamba", judged, {}, {}),
     "lora": ("llama", judged, {"peft_config": lora}, {}),
     "precomputed": ("llama", judged, {"precompute_ref_log_probs": True}, {}),
     "synchronised": ("llama", judged, {"sync_ref_model": True, "ref_model_sync_steps": 2}, {}),
@@ -109,9 +119,109 @@ CASES = {  # name -> (model family, data, settings, settings of ours alone)
 def test_every_logged_number_equals_trl(case, tmp_path):
     family, data, settings, own = CASES[case]
     settings = {name: value() if callable(value) else value for name, value in settings.items()}
-    evaluation = data().select(range(7)) if case in ("shared", "precomputed") else None
+    evaluation = data().select(range(7)) if case in ("shared", "padded", "precomputed") else None
     runs = [
-        history(make(library, tmp_path / library.__name__, family, data(), evaluation, **settings, **extra), bool(evaluation))
-        for library, extra in ((fastalign, own), (trl, {}))
+        history(make(library, tmp_path / library.__name__, family, data(), evaluation, **settings, **more), evaluation)
+        for library, more in ((fastalign, own), (trl, {}))
     ]
     assert_same(*runs, settings.get("beta", 0.1))
+
+
+def test_interface_is_that_of_trl():
+    assert_same_interface(fastalign.KTOTrainer, trl.KTOTrainer, fastalign.KTOConfig, trl.KTOConfig)
+
+
+def test_other_ways_to_the_same_run(tmp_path):
+    """A stream, cached log-probabilities of the reference, and a collator of TRL's change no number."""
+    from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
+
+    collator = DataCollatorForUnpairedPreference(pad_token_id=0, max_length=1024)
+    renamed = lambda rows: collator([{**r, "KL_completion_ids": r["kl_completion_ids"]} for r in rows])  # noqa: E731
+    plain = history(make(fastalign, tmp_path / "plain"))
+    for name, settings in {
+        "stream": {"data": judged().to_iterable_dataset(num_shards=1)},
+        "cached": {"precompute_ref_log_probs": True, "precompute_ref_batch_size": 7},
+        "cached again": {"precompute_ref_log_probs": True, "precompute_ref_batch_size": 7},
+        "collator": {"data_collator": renamed, "remove_unused_columns": False},
+    }.items():
+        run = history(make(fastalign, tmp_path / name, **settings))
+        for entry in run:
+            entry.pop("epoch")
+        assert_same(run, [{k: v for k, v in entry.items() if k != "epoch"} for entry in plain])
+
+
+def test_a_token_budget_changes_no_sum(tmp_path):
+    settings = {"loss_type": "apo_zero_unpaired", "per_device_train_batch_size": 8, "max_steps": 2}
+    runs = [make(fastalign, tmp_path / str(budget), token_budget=budget, **settings) for budget in (None, 120)]
+    for own, other in zip(*(history(run)[:-1] for run in runs), strict=True):
+        assert {n: own[n] for n in ("loss", "grad_norm")} == pytest.approx({n: other[n] for n in ("loss", "grad_norm")})
+    run = history(make(fastalign, tmp_path / "kto", token_budget=200, max_steps=2))
+    assert all(0 < entry["loss"] < 1 and entry["kl"] >= 0 for entry in run[:-1])
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_moe", "gpt_oss", "gpt_neox", "gpt2"])
+def test_free_tokens_have_the_same_values_and_cost_no_backward(family, share):
+    """Loss, hidden states and gradients equal those where all tokens have a gradient and the free ones are detached."""
+    torch.manual_seed(1)
+    rows = [
+        {name: torch.randint(5, 331, (n,)).tolist() for name, n in zip(("prompt_ids", "completion_ids"), sizes)}
+        for sizes in ((9, 4), (1, 7), (14, 1))
+    ]
+    rows = [row | {"kl_completion_ids": rows[i - 1]["completion_ids"], "label": True} for i, row in enumerate(rows)]
+    batch = JudgedCollator(kl=True, pad_token_id=0, share=share, pad_to_multiple_of=16)(rows)
+    of_free = batch.row % 2 == 1
+    factors = torch.randn(batch.num_scored, 32)
+    results, seen = [], []
+    for apart in (False, True):
+        model = tiny_model(family).train()
+        assert prepare_policy(model).flat
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        if apart:
+            assert teach_layers(model) and teach_layers(model)
+            copy.deepcopy(model)
+        inner = model.base_model
+        layer = (inner.h if family == "gpt2" else inner.layers)[-1]
+        norm = layer.ln_1 if family == "gpt2" else layer.input_layernorm
+        norm.register_forward_hook(lambda m, i, o, a=apart: seen.append((a, torch.is_grad_enabled(), o.shape[1])))
+
+        def op(hidden, weight, **head):
+            kept = torch.where(of_free[:, None], hidden.detach(), hidden)
+            return (kept * factors).sum() + (weight * weight).sum(), hidden.detach()
+
+        with free_tokens(FreeTokens.of(batch)) if apart else nullcontext():
+            found = head_loss(model, batch, op)
+        found.loss.backward()
+        results.append((found.loss, found.result, {n: p.grad for n, p in model.named_parameters()}))
+    (loss, states, gradients), (free_loss, free_states, free_gradients) = results
+    torch.testing.assert_close(free_loss, loss, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(free_states, states, rtol=1e-5, atol=1e-5)
+    for name, gradient in gradients.items():
+        if gradient is not None:
+            torch.testing.assert_close(free_gradients[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+    free, total = batch.extras["free_at"].numel(), batch.input_ids.numel()
+    recomputed = [(grad, n) for apart, grad, n in seen if apart]
+    assert recomputed == [(True, total - free), (False, free), (True, total - free)]  # forward twice, once again
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"per_device_train_batch_size": 1}, "per_device_train_batch_size"),
+        ({"train_sampling_strategy": "random"}, "sequential"),
+        ({"loss_type": "dpo"}, "loss_type"),
+        ({"sync_ref_model": True, "precompute_ref_log_probs": True}, "sync_ref_model"),
+        ({"share_prefix": True, "family": "mamba"}, "share_prefix"),
+    ],
+)
+def test_what_does_not_fit_is_refused(settings, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        make(fastalign, tmp_path, **settings)
+
+
+def test_unequal_labels_are_warned_of(tmp_path, caplog):
+    make(fastalign, tmp_path / "a")
+    assert "`desirable_weight` to 0.55..0.73 or `undesirable_weight` to 1.38..1.83" in caplog.text  # 11 good, 6 bad
+    caplog.clear()
+    make(fastalign, tmp_path / "b", undesirable_weight=1.5)
+    assert "make up" not in caplog.text
