@@ -272,7 +272,7 @@ def _segments(base: Any, batch: TokenBatch) -> Segments | None:
         )
     if not base.config._attn_implementation.startswith(flat_attention.NAME):  # somebody set it after the preparation
         flat_attention.select_flat_attention(base)
-    return Segments(batch.cu_seqlens, batch.max_seqlen, batch.prefix)
+    return Segments(batch.cu_seqlens, batch.max_seqlen, batch.prefix, batch.max_shared)
 
 
 def _model_inputs(model: nn.Module, base: Any, batch: TokenBatch) -> dict[str, Any]:

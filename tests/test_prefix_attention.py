@@ -23,7 +23,9 @@ LAYOUTS = {  # lengths and prefixes of the segments
 
 def _segments(layout, device="cpu"):
     lengths, prefix = LAYOUTS[layout]
-    return Segments(_bounds(lengths, device), max(lengths), torch.tensor(prefix, dtype=torch.int32, device=device))
+    shared = [sum(n for n, p in zip(lengths, prefix, strict=True) if p == s) for s in range(len(lengths))]
+    prefix = torch.tensor(prefix, dtype=torch.int32, device=device)
+    return Segments(_bounds(lengths, device), max(lengths), prefix, max(shared))
 
 
 def _values_and_gradients(attend, tensors, options):

@@ -138,8 +138,10 @@ def test_bf16_is_as_exact_as_with_a_prompt_each():
 def test_the_batch_moves_with_its_prefixes():
     batch = _shared(_ids(FAMILIES))
     batch.extras["margin"] = torch.arange(3.0)
+    assert batch.max_shared == 33  # 30 + 3 tokens behind the prompt of 40
     moved = batch.to("meta")
     assert moved.prefix.is_meta and moved.extras["margin"].is_meta and moved.prefix.shape == batch.prefix.shape
+    assert moved.max_shared == 33
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "gpt_oss"])

@@ -34,9 +34,16 @@ class TokenBatch:
     num_tokens: int  # real tokens in the batch (padding not counted)
     attention_mask: Tensor | None = None  # (B, L) int64; None in flat batches
     prefix: Tensor | None = None  # (S,) int32, segment that segment s continues, or -1; None: no segment has a prefix
+    max_shared: int = 0  # most tokens behind one prefix; 0: found from `prefix` where that is on the CPU
     model_inputs: dict[str, Tensor] = field(default_factory=dict)  # passed to the model (pixel_values, ...)
     extras: dict[str, Tensor] = field(default_factory=dict)  # for the loss alone (margins, labels, reference logps)
     host_row: Tensor | None = None  # `row` as it was before the batch went to a device: reading it does not wait
+
+    def __post_init__(self) -> None:
+        if self.prefix is not None and self.prefix.device.type == "cpu" and not self.max_shared:
+            behind = torch.zeros(self.num_segments + 2, dtype=torch.int64)  # one more, so that it is never empty
+            behind.index_add_(0, self.prefix.long() + 1, self.cu_seqlens.diff().long())
+            self.max_shared = int(behind[1:].amax())
 
     @property
     def num_scored(self) -> int:

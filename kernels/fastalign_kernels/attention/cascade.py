@@ -92,7 +92,9 @@ def _varlen_parts(num_tokens: int, segments: Segments) -> tuple[list[Part], list
     counts.index_add_(0, family, torch.ones_like(family, dtype=torch.int32))
     queries = torch.cat([counts.new_zeros(1), counts[:-1].cumsum(0, dtype=torch.int32)])
     valid = family[order] < segments.prefix.shape[0]
-    shared = Part(order, everything, False, bounds=(queries, cu, num_tokens, longest), valid=valid)
+    shared = Part(
+        order, everything, False, bounds=(queries, cu, segments.max_shared or num_tokens, longest), valid=valid
+    )
     return [own], [shared]
 
 

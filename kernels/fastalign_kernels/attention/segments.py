@@ -13,6 +13,7 @@ from torch import Tensor
 
 T = TypeVar("T")
 SMALL_PIECE = 64  # tokens; segments are taken together up to here, since a call costs as much as 64 x 64 scores
+SMALL_FAMILY = 128  # tokens of a prefix and what continues it; apart they would take three calls
 TILE_ROWS = 512  # queries of one tile where a mask or explicit scores are needed, so that none is long x long
 
 
@@ -52,6 +53,7 @@ class Segments:
     cu_seqlens: Tensor  # (S + 1,) int32, from 0 to T
     max_seqlen: int  # longest segment, tokens
     prefix: Tensor | None = None  # (S,) int32
+    max_shared: int = 0  # most tokens behind one prefix; 0: not known, CUDA then starts more blocks than it needs
     _kept: dict = field(default_factory=dict, repr=False, compare=False)
 
     @functools.cached_property
@@ -132,7 +134,7 @@ class Segments:
     def groups(self, *, apart: bool) -> list[list[int]]:
         """Neighbouring segments to take together, by number; empty ones are left out.
 
-        A group has at most `SMALL_PIECE` tokens, or one segment. A short prefix and what follows it stay together.
+        A group has at most `SMALL_PIECE` tokens, or one segment, or a short prefix and what follows it.
         `apart`: a segment whose prefix is in another group is taken alone.
         """
         lengths, parents = self.lengths, self.parents
@@ -226,7 +228,7 @@ def _families(lengths: tuple[int, ...], parents: tuple[int, ...]) -> list[list[i
         while stop < len(lengths) and parents[stop] == s:
             total += lengths[stop]
             stop += 1
-        stop = stop if total <= SMALL_PIECE else s + 1
+        stop = stop if total <= SMALL_FAMILY else s + 1
         unit = [i for i in range(s, stop) if lengths[i]]
         units += [unit] if unit else []
         s = stop
