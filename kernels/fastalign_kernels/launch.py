@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 ARCHITECTURES = (80, 90, 100)  # those that the tables of tile sizes name: Ampere, Hopper, Blackwell
 SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
@@ -42,3 +48,16 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return MULTIPROCESSORS_ELSEWHERE
     return _of_card(device.index if device.index is not None else torch.cuda.current_device())[1]
+
+
+def on_its_card(launch: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatenate[Tensor, P], R]:
+    """Makes the card of the first argument the current one: Triton launches there, wherever the operands lie."""
+
+    @functools.wraps(launch)
+    def run(first: Tensor, *args: P.args, **kwargs: P.kwargs) -> R:
+        if first.device.type != "cuda" or first.device.index == torch.cuda.current_device():
+            return launch(first, *args, **kwargs)
+        with torch.cuda.device(first.device):
+            return launch(first, *args, **kwargs)
+
+    return run

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastalign_kernels.head.rows import Coefficients, RowStats, slice_form
 from fastalign_kernels.head.token_stats import LogitForm
-from fastalign_kernels.launch import multiprocessors, table_architecture
+from fastalign_kernels.launch import multiprocessors, on_its_card, table_architecture
 
 LOG2_E = 1.4426950408889634
 
@@ -68,6 +68,7 @@ def _aligned(tensor: Tensor) -> bool:
     return tensor.data_ptr() % 16 == 0 and tensor.stride(0) * tensor.element_size() % 16 == 0
 
 
+@on_its_card
 def target_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, form: LogitForm) -> Tensor:
     """Logits of the targets, (C,) fp32 in units of log 2: hidden (C, D), weight (V, D), last dimension contiguous."""
     from fastalign_kernels.head.offset_product import target_logits_kernel
@@ -83,6 +84,7 @@ def target_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: 
     return offsets
 
 
+@on_its_card
 def score_product(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, offsets: Tensor, form: LogitForm,
     outputs: tuple[str, ...], energies: Tensor | None = None, slope: bool = False, sums: bool = True,
@@ -139,6 +141,7 @@ def _wants(outputs: tuple[str, ...]) -> dict[str, int]:
     }
 
 
+@on_its_card
 def finish_rows(partials: Tensor, offsets: Tensor, vocabulary: int, outputs: tuple[str, ...], out: RowStats) -> Tensor:
     """Statistics of rows from their partial sums, written to `out`. Returns norms (C,): S, -1 in flagged rows."""
     from fastalign_kernels.head.offset_product import finish_rows_kernel
@@ -159,6 +162,7 @@ def _fields(out: RowStats) -> tuple[Tensor | None, ...]:
     return s.logp, out.lse, s.entropy, top1, s.mean_logp, s.mean_logit, s.log_sum_p2
 
 
+@on_its_card
 def exact_rows(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, offsets: Tensor, form: LogitForm,
     norms: Tensor, out: RowStats, energies: Tensor | None, slope: bool,
@@ -176,6 +180,7 @@ def exact_rows(
     )  # fmt: skip
 
 
+@on_its_card
 def offset_gradient(
     energies: Tensor, norms: Tensor, hidden: Tensor, targets: Tensor, form: LogitForm, rows: RowStats,
     coefficients: Coefficients, sloped: bool,

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastalign_kernels.head.triton_rows import LOWEST, NO_WEIGHT, VECTOR, _factors, _formed, _row_start
+from fastalign_kernels.launch import on_its_card
 from fastalign_kernels.numerics import LN_2, LOG2_E, rounded, tanh, wide
 
 if TYPE_CHECKING:
@@ -176,6 +177,7 @@ def _tile(vocabulary: int) -> tuple[int, int]:
     return block, block // 256
 
 
+@on_its_card
 def row_divergence(
     student: Tensor,
     teacher: Tensor,

@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastalign_kernels.launch import on_its_card
 from fastalign_kernels.numerics import LOG2_E, rounded, tanh, wide
 
 if TYPE_CHECKING:
@@ -273,6 +274,7 @@ def _common(logits: Tensor, targets: Tensor, form: LogitForm) -> dict:
     }
 
 
+@on_its_card
 def row_stats(logits: Tensor, targets: Tensor, form: LogitForm, out: RowStats) -> None:
     """`head.rows.row_stats` in Triton: the fields of `out` that are not None."""
     num_rows, vocabulary = logits.shape
@@ -288,6 +290,7 @@ def row_stats(logits: Tensor, targets: Tensor, form: LogitForm, out: RowStats) -
     _row_stats_fwd_kernel[(num_rows,)](**common, lse_out=out.lse, **stats, LANES=block // k, K=k, num_warps=warps)
 
 
+@on_its_card
 def row_gradient(
     logits: Tensor, targets: Tensor, form: LogitForm, rows: RowStats, coefficients: Coefficients, out: Tensor
 ) -> None:

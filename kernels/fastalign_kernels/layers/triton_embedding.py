@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastalign_kernels.launch import on_its_card
 from fastalign_kernels.numerics import rounded, wide
 
 PIECE = 32  # sorted tokens of a program
@@ -98,6 +99,7 @@ def _embedding_joints_kernel(
         tl.store(out_ptr + token * D + column, rounded(total, out_ptr.dtype.element_ty), mask=done)
 
 
+@on_its_card
 def gradient(grad: Tensor, ids: Tensor, num_rows: int, dtype: torch.dtype, padding_idx: int | None) -> Tensor:
     """`embedding_gradient_reference` as (num_rows, D) of `dtype`, for rows (N, D)."""
     tokens, columns = grad.shape

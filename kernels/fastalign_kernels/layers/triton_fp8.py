@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastalign_kernels.launch import on_its_card
 from fastalign_kernels.layers.fp8 import E4M3, E4M3_MAX, SMALLEST_SCALE
 from fastalign_kernels.numerics import INTERPRETED, wide
 
@@ -85,6 +86,7 @@ def _quantise_columns_kernel(
     tl.store(values_ptr + column[:, None] * num_rows + row[None, :], _e4m3(tl.trans(values)), mask=inside)
 
 
+@on_its_card
 def quantise_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """`fp8.quantise_rows` of (N, K), contiguous in its rows, N and K above 0."""
     num_rows, columns = matrix.shape
@@ -97,6 +99,7 @@ def quantise_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return values, scale
 
 
+@on_its_card
 def quantise_columns(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """`fp8.quantise_columns` of (N, K), contiguous in its rows, N and K above 0."""
     num_rows, columns = matrix.shape

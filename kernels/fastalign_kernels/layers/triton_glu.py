@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastalign_kernels.launch import on_its_card
 from fastalign_kernels.numerics import rounded, wide
 
 BLOCK, NUM_WARPS = 2048, 4  # 16 elements of a thread: two 128-bit loads of each operand in 16 bits
@@ -77,6 +78,7 @@ def _merged(*rows: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.view(1, -1) for tensor in rows) if dense else rows
 
 
+@on_its_card
 def forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """(N, D) and (N, D) to (N, D)."""
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
@@ -99,6 +101,7 @@ def forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return out
 
 
+@on_its_card
 def backward(grad: Tensor, gate: Tensor, up: Tensor, grad_gate: Tensor, grad_up: Tensor, activation: str) -> None:
     """Writes the gradients of gate and up, which may be gate and up themselves; all (N, D)."""
     grad, gate, up, grad_gate, grad_up = _merged(grad, gate, up, grad_gate, grad_up)

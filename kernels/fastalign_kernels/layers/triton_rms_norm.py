@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastalign_kernels.launch import multiprocessors
+from fastalign_kernels.launch import multiprocessors, on_its_card
 from fastalign_kernels.numerics import rounded, wide
 
 PROGRAMS_PER_MULTIPROCESSOR = 4  # of the backward pass: each keeps one partial sum of the weight's gradient
@@ -120,6 +120,7 @@ def _rms_norm_bwd_kernel(
         tl.store(to, tl.sum(partial, axis=0), mask=column < D)
 
 
+@on_its_card
 def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float, round_first: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -156,6 +157,7 @@ def forward(
     return out, summed, rstd
 
 
+@on_its_card
 def backward(
     grad: Tensor,
     grad_sum: Tensor | None,

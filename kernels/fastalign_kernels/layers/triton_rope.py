@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastalign_kernels.launch import on_its_card
 from fastalign_kernels.numerics import rounded, wide
 
 ELEMENTS = 2048  # of one half of some heads, which a program holds at a time
@@ -105,6 +106,7 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+@on_its_card
 def rotate(
     q: Tensor,
     k: Tensor,
