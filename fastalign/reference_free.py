@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any, cast
 
+import numpy as np
 import torch
 from fastalign_kernels.head.preference import PreferenceResult
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from .config_groups import one_of
 from .data.batch import TokenBatch
 from .data.pair_batches import AnswerCollator
 from .data.preferences import prepare_preference_dataset
-from .pairs import PairAdapter, disable_dropout, pair_loss, record_pairs, sharing
+from .pairs import PairAdapter, disable_dropout, group_lengths, pair_loss, record_pairs, sharing
 from .policy import logits_forward
 
 logger = logging.getLogger(__name__)
@@ -89,6 +90,14 @@ def answer_collator(trainer: Any, answers: tuple[str, ...], score_prompt: tuple[
         truncation_mode=args.truncation_mode,
         extras=(),
     )
+
+
+def answer_lengths(trainer: Any, dataset: Any, answers: tuple[str, ...]) -> np.ndarray:
+    """(rows,) int64: tokens that each row takes in a batch; the column `length_column_name` where there is one."""
+    if (name := trainer.args.length_column_name) in dataset.column_names:
+        return np.asarray(dataset[name], dtype=np.int64)
+    share = getattr(trainer.data_collator, "share", False)
+    return group_lengths(dataset, answers, flat=trainer.policy.flat, share=share)
 
 
 def answer_step(

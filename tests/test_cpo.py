@@ -31,7 +31,7 @@ class OfCompletions(cpo.CPOTrainer):
 
 
 theirs = functools.partial(run, cpo.CPOConfig, OfCompletions)
-LOSSES = {
+LOSSES: dict[str, dict] = {
     "sigmoid": {"label_smoothing": 0.1},
     "hinge": {"loss_type": "hinge"},
     "ipo": {"loss_type": "ipo", "cpo_alpha": 0.5},
@@ -52,11 +52,11 @@ def _moe():
     return tiny_model("qwen3_moe", output_router_logits=True, router_aux_loss_coef=0.05)
 
 
-CASES = {
+CASES: dict[str, tuple[dict, dict]] = {
     "chat": ({"form": "chat"}, {}),
     "implicit": ({"form": "implicit"}, {}),
     "truncated": ({"max_length": 64}, {}),
-    "checkpointed": ({"gradient_checkpointing": True}, {}),
+    "checkpointed": ({"gradient_checkpointing": True, "gradient_accumulation_steps": 2}, {}),
     "lora": ({}, {"peft_config": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.3, "target_modules": ["q_proj"]}}),
     "experts": ({}, {"model": _moe}),
 }
@@ -110,7 +110,11 @@ def _prompt_length(labels: list[int]) -> int:
 
 
 def test_streams_and_token_budgets_give_the_same_run(tmp_path):
-    settings = {"loss_type": "simpo", "cpo_alpha": 0.0}  # without the NLL, whose mean is over a micro-batch's tokens
+    settings: dict = {
+        "loss_type": "simpo",
+        "cpo_alpha": 0.0,
+        "gradient_accumulation_steps": 2,
+    }  # without the NLL, whose mean is over a micro-batch's tokens
     plain = ours(tmp_path / "plain", **settings)
     stream = ours(tmp_path / "stream", streamed=True, **settings)
     budget = ours(tmp_path / "budget", token_budget=400, **settings)
@@ -143,7 +147,9 @@ def test_metrics_of_predictions_see_logits_of_padded_rows(tmp_path):
     trainer = ours(tmp_path, compute_metrics=count, per_device_eval_batch_size=6)
     metrics = trainer.evaluate()
     assert metrics["eval_rows"] == 12
-    assert seen["logps"] == pytest.approx((metrics["eval_logps/chosen"] + metrics["eval_logps/rejected"]) / 2, rel=1e-5)
+    assert seen["logps"] == pytest.approx(
+        (metrics["eval_logps/chosen"] + metrics["eval_logps/rejected"]) / 2, rel=1e-5
+    )
 
 
 def test_interface_is_that_of_trl():
@@ -184,7 +190,7 @@ def test_models_with_an_encoder_and_images_are_refused(tmp_path):
     config = transformers.T5Config(vocab_size=331, d_model=16, d_ff=16, d_kv=8, num_layers=1, num_heads=2)
     args = CPOConfig(str(tmp_path), use_cpu=True, bf16=False)
     encoder = transformers.T5ForConditionalGeneration(config)
-    with pytest.raises(ValueError, match="has an encoder .`is_encoder_decoder`"):
+    with pytest.raises(ValueError, match=r"has an encoder .`is_encoder_decoder`"):
         CPOTrainer(encoder, args, train_dataset=pair_rows(), processing_class=copy.deepcopy(tiny_tokenizer()))
     images = pair_rows().map(lambda row: {"images": [1]})
     with pytest.raises(ValueError, match="which CPO does not take"):

@@ -49,7 +49,7 @@ def test_data_adapters_and_experts_equal_trl(case, tmp_path):
         if case == "lora":
             peft = pytest.importorskip("peft")
             return {"peft_config": peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "lm_head"])}
-        return {"form": "chat"} if case == "chat" else {"max_length": 64}
+        return {"form": "chat", "gradient_accumulation_steps": 2} if case == "chat" else {"max_length": 64}
 
     own = ours(tmp_path / "ours", **options())
     other = theirs(tmp_path / "trl", **{k: v for k, v in options().items() if k != "layout"})

@@ -18,7 +18,7 @@ from fastalign.cli.main import main  # noqa: E402
 
 ours = functools.partial(run, TPOConfig, TPOTrainer)
 theirs = functools.partial(run, tpo.TPOConfig, tpo.TPOTrainer)
-LOSSES = {
+LOSSES: dict[str, dict] = {
     "sigmoid": {"label_smoothing": 0.1},
     "hinge": {"loss_type": "hinge", "beta": 0.1, "tpo_alpha": 0.3},
     "ipo": {"loss_type": "ipo", "beta": 0.5},
@@ -34,8 +34,8 @@ def test_every_logged_number_equals_trl(name, tmp_path):
         assert_same_history(ours(tmp_path / layout, layout=layout, **LOSSES[name]), reference)
 
 
-CASES = {
-    "chat": {"form": "chat"},
+CASES: dict[str, dict] = {
+    "chat": {"form": "chat", "gradient_accumulation_steps": 2},
     "implicit": {"form": "implicit"},
     "keep_start": {"max_length": 64},
     "keep_end": {"max_length": 40, "truncation_mode": "keep_end"},
@@ -60,7 +60,10 @@ def test_data_adapters_and_collators_equal_trl(case, tmp_path):
 
 
 def test_streams_and_token_budgets_give_the_same_run(tmp_path):
-    settings = {"tpo_alpha": 0.0}  # without the NLL, whose mean is over a micro-batch's tokens
+    settings: dict = {
+        "tpo_alpha": 0.0,
+        "gradient_accumulation_steps": 2,
+    }  # without the NLL, whose mean is over a micro-batch's tokens
     plain = ours(tmp_path / "plain", **settings)
     stream = ours(tmp_path / "stream", streamed=True, **settings)
     budget = ours(tmp_path / "budget", token_budget=400, **settings)
@@ -72,14 +75,17 @@ def test_streams_and_token_budgets_give_the_same_run(tmp_path):
 
 def test_experts_are_balanced_where_asked(tmp_path):
     """The balancing loss is the model's own, times its weight, on top of the plain loss; shared prompts count once."""
-    plain = ours(tmp_path / "plain", model=tiny_model("qwen3_moe"), max_steps=1)
-    balanced = ours(tmp_path / "balanced", model=tiny_model("qwen3_moe"), max_steps=1, router_aux_loss_coef=0.5)
+    settings: dict = {"max_steps": 1, "gradient_accumulation_steps": 2}
+    plain = ours(tmp_path / "plain", model=tiny_model("qwen3_moe"), **settings)
+    balanced = ours(tmp_path / "balanced", model=tiny_model("qwen3_moe"), router_aux_loss_coef=0.5, **settings)
     first, second = history(plain)[0], history(balanced)[0]
     assert "aux_loss" not in first
     model, rows = tiny_model("qwen3_moe"), [plain.train_dataset[i] for i in range(6)]
     found = []
     for part in (rows[:3], rows[3:]):
-        whole = [row["prompt_ids"] + row[f"{name}_ids"] for row in part for name in ("chosen", "rejected", "reference")]
+        whole = [
+            row["prompt_ids"] + row[f"{name}_ids"] for row in part for name in ("chosen", "rejected", "reference")
+        ]
         padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in whole], batch_first=True)
         mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(ids)) for ids in whole], batch_first=True).long()
         with torch.no_grad():

@@ -10,9 +10,10 @@ from ..config import AlignConfig, arg
 from ..config_groups import CausalOnlyArgs
 from ..data.batch import TokenBatch
 from ..given_data import GivenDataTrainer
-from ..pairs import PairArgs, group_lengths
+from ..pairs import PairArgs
 from ..reference_free import (
     answer_collator,
+    answer_lengths,
     answer_step,
     check_loss,
     check_model,
@@ -112,7 +113,7 @@ class CPOTrainer(GivenDataTrainer):
 
     def example_lengths(self, dataset):
         """Tokens that each row takes in a batch."""
-        return group_lengths(dataset, ANSWERS, flat=self.policy.flat, share=self.data_collator.share)
+        return answer_lengths(self, dataset, ANSWERS)
 
     def compute_loss(self, model, inputs: TokenBatch, return_outputs: bool = False, num_items_in_batch=None):
         """Mean over the pairs plus `cpo_alpha` times the mean NLL of the chosen completions' tokens."""

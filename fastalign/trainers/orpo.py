@@ -12,8 +12,16 @@ from ..config import AlignConfig, arg
 from ..config_groups import CausalOnlyArgs
 from ..data.batch import TokenBatch
 from ..given_data import GivenDataTrainer
-from ..pairs import PairArgs, group_lengths
-from ..reference_free import answer_collator, answer_step, check_model, prepare_answers, settle, with_outputs
+from ..pairs import PairArgs
+from ..reference_free import (
+    answer_collator,
+    answer_lengths,
+    answer_step,
+    check_model,
+    prepare_answers,
+    settle,
+    with_outputs,
+)
 
 ANSWERS = ("chosen", "rejected")
 
@@ -88,7 +96,7 @@ class ORPOTrainer(GivenDataTrainer):
         return prepare_answers(self, dataset, name, ANSWERS, bos_and_eos=True)
 
     def make_collator(self):
-        """Pairs of answers, flat or padded, that share their prompt where it pays; chosen prompts are scored for the NLL."""
+        """Pairs of answers, flat or padded, sharing prompts where it pays; the NLL also scores chosen prompts."""
         collator = answer_collator(self, ANSWERS, score_prompt=("chosen",))
         if self.args.padding_value is not None:
             collator.pad_token_id = self.args.padding_value
@@ -96,7 +104,7 @@ class ORPOTrainer(GivenDataTrainer):
 
     def example_lengths(self, dataset):
         """Tokens that each row takes in a batch."""
-        return group_lengths(dataset, ANSWERS, flat=self.policy.flat, share=self.data_collator.share)
+        return answer_lengths(self, dataset, ANSWERS)
 
     def compute_loss(self, model, inputs: TokenBatch, return_outputs: bool = False, num_items_in_batch=None):
         """Mean NLL of the chosen sequences' tokens, prompts included, minus `beta` times the mean log sigmoid."""

@@ -9,9 +9,10 @@ from transformers import TrainingArguments
 from ..config import AlignConfig, arg
 from ..data.batch import TokenBatch
 from ..given_data import GivenDataTrainer
-from ..pairs import OUTPUTS, PairArgs, group_lengths
+from ..pairs import OUTPUTS, PairArgs
 from ..reference_free import (
     answer_collator,
+    answer_lengths,
     answer_step,
     check_loss,
     check_model,
@@ -110,7 +111,7 @@ class TPOTrainer(GivenDataTrainer):
 
     def example_lengths(self, dataset):
         """Tokens that each row takes in a batch."""
-        return group_lengths(dataset, self.answers, flat=self.policy.flat, share=self.data_collator.share)
+        return answer_lengths(self, dataset, self.answers)
 
     def compute_loss(self, model, inputs: TokenBatch, return_outputs: bool = False, num_items_in_batch=None):
         """Mean over the pairs plus `tpo_alpha` times the mean NLL of the gold answers' tokens."""
