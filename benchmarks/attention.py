@@ -3,6 +3,7 @@
     python benchmarks/attention.py --shapes 16x512x14x64
 
 A shape is sequences x mean length x heads x head size; lengths are log-normal with sigma 0.6, as answers are.
+`--ops prefix`: answers behind one prompt, against the same answers with a copy of the prompt each.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ import sys
 
 import torch
 import torch.nn.functional as F
-from fastalign_kernels.attention import Segments, packed_attention
+from fastalign_kernels.attention import Segments, packed_attention, packed_attention_reference
 from fastalign_kernels.attention.device import flash_attn_attention, flex_attention, varlen_attention
 from measure import Case, Provider, Tensors, device, dtypes_of, parser_of, run_cases, shapes_of
 
 CPU_SHAPES = [(8, 256, 8, 64)]
 GPU_SHAPES = [(16, 512, 14, 64), (8, 2048, 32, 128)]
+PROMPTS = [(2, 512, 128), (8, 512, 128)]  # answers, tokens of the prompt, tokens of an answer
 
 
 def lengths_of(count: int, mean: int) -> torch.Tensor:
@@ -113,11 +115,61 @@ def case_of(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Case:
     )
 
 
+def _prompt_and_answers(answers: int, prompt: int, tokens: int) -> Segments:
+    bounds = torch.tensor([0, prompt, *[tokens] * answers]).cumsum(0).to(device=device(), dtype=torch.int32)
+    prefix = torch.tensor([-1, *[0] * answers], dtype=torch.int32, device=device())
+    return Segments(bounds, max(prompt, tokens), prefix, answers * tokens)
+
+
+def _without_sharing(q, k, v, segments: Segments, bounds):
+    """Each answer with its own copy of the prompt; of the prompt's results the first copy's count."""
+    index, prompt = [], torch.arange(segments.lengths[0], device=q.device)
+    for start, stop in zip(bounds[1:-1].tolist(), bounds[2:].tolist(), strict=True):
+        index += [prompt, torch.arange(start, stop, device=q.device)]
+    rows, lengths = torch.cat(index), bounds.diff()[1:] + len(prompt)
+    out = _ours(q[rows], k[rows], v[rows], F.pad(lengths.cumsum(0), (1, 0)).int())
+    parts = out.split([len(x) for x in index])
+    return torch.cat([parts[0], *parts[1::2]])
+
+
+def prefix_case_of(sizes: tuple[int, int, int], heads: int, size: int, dtype: torch.dtype) -> Case:
+    """Forward and backward of one layer's attention on one prompt and its answers."""
+    answers, prompt, tokens = sizes
+    segments, scale = _prompt_and_answers(*sizes), size**-0.5
+    lengths = torch.tensor([prompt, *[tokens] * answers])
+    pairs = prompt**2 + answers * (tokens**2 + 2 * prompt * tokens)  # twice the scores, as in `case_of`
+
+    def shared(q, k, v, bounds):
+        return packed_attention(q, k, v, None, None, segments=segments, scale=scale)
+
+    def dense(q, k, v, bounds):
+        return packed_attention_reference(q, k, v, bounds, prefix=segments.prefix, scale=scale)
+
+    return Case(
+        op="prefix_attention",
+        shape=f"{answers} answers of {tokens} to {prompt}, {heads} heads of {size}",
+        dtype=dtype,
+        make=lambda: make_inputs(lengths, heads, size, dtype),
+        exact=_with_backward(dense),
+        providers=[
+            Provider("fastalign", _with_backward(shared), "fastalign"),
+            Provider("unshared", _with_backward(lambda q, k, v, b: _without_sharing(q, k, v, segments, b))),
+            Provider("dense-mask", _with_backward(dense)),
+        ],
+        flops=7 * pairs * heads * size,
+        bytes=torch.empty(0, dtype=dtype).element_size() * 8 * int(lengths.sum()) * heads * size,
+    )
+
+
 def main() -> int:
-    names = [provider.name for provider in PROVIDERS[1:]]
+    names = [*(provider.name for provider in PROVIDERS[1:]), "unshared"]
     options = parser_of(__doc__, names, "sequences x mean length x heads x head size").parse_args()
     shapes = shapes_of(options, GPU_SHAPES if device().type == "cuda" else CPU_SHAPES, (3, 20, 2, 16))
-    return run_cases([case_of(shape, dtype) for shape in shapes for dtype in dtypes_of(options)], options)
+    cases = [case_of(shape, dtype) for shape in shapes for dtype in dtypes_of(options)]
+    prompts = [(2, 30, 8)] if options.dry_run else PROMPTS
+    heads, size = shapes[0][2:]
+    cases += [prefix_case_of(sizes, heads, size, dtype) for sizes in prompts for dtype in dtypes_of(options)]
+    return run_cases(cases, options)
 
 
 if __name__ == "__main__":
