@@ -87,8 +87,8 @@ class JudgedCollator(UnpairedCollator):
 class JudgedAdapter:
     """Wraps a collator that returns TRL's dictionary for unpaired data, so that `collator` makes a batch of its rows.
 
-    It needs `input_ids`, `attention_mask`, `completion_mask`, (B, L) each, and `label`; with KL also `KL_input_ids` and
-    so on. `ref_logps` and `ref_KL_logps` are optional. Raises TypeError for a result of another kind.
+    It needs `input_ids`, `attention_mask`, `completion_mask`, (B, L) each, and `label`; for the KL term `KL_input_ids`
+    and so on, too. `ref_logps` and `ref_KL_logps` are optional. Raises TypeError for a result of another kind.
     """
 
     def __init__(self, given, collator: JudgedCollator):
@@ -116,7 +116,7 @@ class JudgedAdapter:
                 row["prompt_ids"] = ids[real & (of_answer == 0)].tolist()
                 row[f"{name}_ids"] = ids[real & (of_answer == 1)].tolist()
         for source, name in {"ref_logps": "ref_logps", "ref_KL_logps": "ref_kl_logps"}.items():
-            for row, value in zip(taken, made[source] if source in made else (), strict=False):
+            for row, value in zip(taken, made.get(source, ()), strict=False):
                 row[name] = float(value)
         return self.collator(taken)
 
@@ -148,7 +148,8 @@ def unpaired_loss(
             baseline, z_of = z_of(token_stats(model, every_second(batch, 1)).stats.logp), None
             batch = every_second(batch, 0)
     device = batch.targets.device
-    places = [] if z_of is None else [x.nonzero()[:, 0].to(device) for x in (judged, ~cast(Tensor, judged))]
+    splits = () if z_of is None or judged is None else (judged, ~judged)
+    places = [split.nonzero()[:, 0].to(device) for split in splits]
 
     def op(hidden: Tensor, weight: Tensor, *, low_rank=None, **head) -> tuple[Tensor, UnpairedResult]:
         shift, tokens = baseline, (hidden, batch.targets, low_rank)
@@ -237,10 +238,10 @@ def record_unpaired(trainer, batch: TokenBatch, found: UnpairedResult) -> None:
     of_token = labels[rows.to(labels.device)]
     parts = []
     for wanted, tokens in ((labels, of_token), (~labels, ~of_token)):
-        pairs = ((found.rewards, wanted), (found.logps, wanted), (stats.mean_logit, tokens))
+        pairs = ((found.rewards, wanted), (found.logps, wanted), (cast(Tensor, stats.mean_logit), tokens))
         parts += [torch.where(mask, values, 0).sum() for values, mask in pairs]
         parts += [wanted.sum(), tokens.sum()]
-    sums = torch.stack([part.to(found.loss.dtype) for part in (*parts, stats.entropy.sum())])
+    sums = torch.stack([part.to(found.loss.dtype) for part in (*parts, cast(Tensor, stats.entropy).sum())])
     sums = trainer._sum_over_ranks(sums) if trainer.world > 1 else sums
     chosen, rejected = sums[:5], sums[5:10]
     for name, (reward, logp, logit, answers, tokens) in {"chosen": chosen, "rejected": rejected}.items():

@@ -153,8 +153,9 @@ def test_other_ways_to_the_same_run(tmp_path):
 def test_a_token_budget_changes_no_sum(tmp_path):
     settings = {"loss_type": "apo_zero_unpaired", "per_device_train_batch_size": 8, "max_steps": 2}
     runs = [make(fastalign, tmp_path / str(budget), token_budget=budget, **settings) for budget in (None, 120)]
-    for own, other in zip(*(history(run)[:-1] for run in runs), strict=True):
-        assert {n: own[n] for n in ("loss", "grad_norm")} == pytest.approx({n: other[n] for n in ("loss", "grad_norm")})
+    for entries in zip(*(history(run)[:-1] for run in runs), strict=True):
+        own, other = ({name: entry[name] for name in ("loss", "grad_norm")} for entry in entries)
+        assert own == pytest.approx(other, rel=1e-5)
     run = history(make(fastalign, tmp_path / "kto", token_budget=200, max_steps=2))
     assert all(0 < entry["loss"] < 1 and entry["kl"] >= 0 for entry in run[:-1])
 
@@ -162,11 +163,11 @@ def test_a_token_budget_changes_no_sum(tmp_path):
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_moe", "gpt_oss", "gpt_neox", "gpt2"])
 def test_free_tokens_have_the_same_values_and_cost_no_backward(family, share):
-    """Loss, hidden states and gradients equal those where all tokens have a gradient and the free ones are detached."""
+    """Loss, hidden states and gradients equal those where all tokens have one and the free ones are detached."""
     torch.manual_seed(1)
     rows = [
-        {name: torch.randint(5, 331, (n,)).tolist() for name, n in zip(("prompt_ids", "completion_ids"), sizes)}
-        for sizes in ((9, 4), (1, 7), (14, 1))
+        {"prompt_ids": torch.randint(5, 331, (m,)).tolist(), "completion_ids": torch.randint(5, 331, (n,)).tolist()}
+        for m, n in ((9, 4), (1, 7), (14, 1))
     ]
     rows = [row | {"kl_completion_ids": rows[i - 1]["completion_ids"], "label": True} for i, row in enumerate(rows)]
     batch = JudgedCollator(kl=True, pad_token_id=0, share=share, pad_to_multiple_of=16)(rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -63,8 +63,8 @@ class BCOTrainer(GivenDataTrainer):
 
     Takes the data of `KTOTrainer`, in any order. With `embedding_func(input_ids=, attention_mask=) -> (B, E)` and
     `embedding_tokenizer`, undesirable answers are weighted by how much their prompt looks like those of desirable ones
-    (underlying-distribution matching), once, before training. Metrics are those of KTO with "delta", the running mean of
-    rewards, which checkpoints keep.
+    (underlying-distribution matching), once, before training. Metrics are those of KTO, with "delta" in place of "kl":
+    the running mean of rewards, which checkpoints keep.
     """
 
     config_class = BCOConfig
@@ -148,16 +148,17 @@ class BCOTrainer(GivenDataTrainer):
         if self._classifier is None:
             self._classifier = self._fit(dataset)
         if not isinstance(dataset, Dataset):
-            return dataset.map(lambda rows: {WEIGHT: self._weights(rows["prompt_ids"])}, batched=True, batch_size=EMBEDDED)
-        prompts = dataset.select_columns("prompt_ids").iter(EMBEDDED)
+            weigh = lambda rows: {WEIGHT: self._weights(rows["prompt_ids"])}  # noqa: E731
+            return dataset.map(weigh, batched=True, batch_size=EMBEDDED)
+        prompts: Any = dataset.select_columns("prompt_ids").iter(EMBEDDED)
         total, quiet = -(-len(dataset) // EMBEDDED), self.args.disable_tqdm
         batches = tqdm(prompts, desc=f"Weighting the {name} dataset", total=total, disable=quiet)
-        return dataset.add_column(WEIGHT, np.concatenate([self._weights(rows["prompt_ids"]) for rows in batches]))  # pyright: ignore
+        weights: Any = np.concatenate([self._weights(rows["prompt_ids"]) for rows in batches])
+        return dataset.add_column(WEIGHT, weights)
 
     def _embed(self, prompts: Iterable[list[int]]) -> Tensor:
         """(B, E) fp64 on the host."""
-        assert self._embedding is not None
-        embed, tokenizer = self._embedding
+        embed, tokenizer = cast(tuple[Any, Any], self._embedding)
         texts = self.loaded.tokenizer.batch_decode([list(ids) for ids in prompts])
         options: dict[str, Any] = {"padding": True, "truncation": True, "add_special_tokens": False}
         encoded = tokenizer(texts, return_tensors="pt", **options).to(self.args.device)
@@ -169,9 +170,12 @@ class BCOTrainer(GivenDataTrainer):
         """The classifier of prompts, from `prompt_sample_size` rows of each label (of a stream: its first rows)."""
         size = self.args.prompt_sample_size
         if isinstance(dataset, Dataset):
-            labels = np.asarray(dataset.with_format("numpy")["label"], bool)
+            judged: Any = dataset.with_format("numpy")
+            labels = np.asarray(judged["label"], bool)
             draw = np.random.default_rng(self.args.seed).permutation
-            rows = dataset.select(np.concatenate([draw(np.flatnonzero(labels == v))[:size] for v in (True, False)]))
+            rows: Any = dataset.select(
+                np.concatenate([draw(np.flatnonzero(labels == v))[:size] for v in (True, False)])
+            )
         else:
             rows = list(dataset.take(2 * size))
         labels = torch.tensor([bool(row["label"]) for row in rows])
@@ -267,7 +271,8 @@ def fit_logistic(features: Tensor, labels: Tensor, strength: float = 1.0) -> Ten
     features, target = features.detach(), labels.to(features.dtype)
     share = torch.where(labels, labels.double().mean(), (~labels).double().mean())
     theta = torch.zeros(features.shape[1] + 1, dtype=features.dtype, requires_grad=True)
-    optimizer = torch.optim.LBFGS([theta], max_iter=500, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
+    options = {"max_iter": 500, "tolerance_grad": 1e-9, "tolerance_change": 1e-15}
+    optimizer = torch.optim.LBFGS([theta], line_search_fn="strong_wolfe", **options)
 
     def loss() -> Tensor:
         optimizer.zero_grad()

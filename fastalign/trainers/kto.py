@@ -61,8 +61,8 @@ class KTOTrainer(GivenDataTrainer):
     """KTO and APO-zero for a causal language model, given by name, as an object, or with adapters.
 
     Takes `prompt`, `completion` and `label` (true: good), or pairs (`chosen` is good, `rejected` bad), as texts,
-    messages or token ids. Arguments, defaults and metrics are those of TRL's trainer. With the loss "kto" the answers
-    of every `per_device_train_batch_size` rows are also scored behind the prompt of the next row; the policy does so in
+    messages or token ids. Arguments, defaults and metrics are those of TRL's trainer. With the loss "kto" each answer
+    of every `per_device_train_batch_size` rows is also scored behind the prompt of the next row; the policy does so in
     the forward of the loss, without a gradient.
     """
 
