@@ -17,6 +17,7 @@ SUITES = {  # name -> the scripts that it runs in turn
     "attention": ["attention"],
     "data": ["packing", "prepare"],
     "train": ["sft_against_trl"],
+    "preferences": ["preferences_against_trl"],
 }
 
 
