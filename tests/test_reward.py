@@ -80,7 +80,7 @@ def _model(family: str):
         sizes = {"vocab_size": 331, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
         torch.manual_seed(0)
         return BertForSequenceClassification(BertConfig(**sizes, intermediate_size=32, num_labels=1, pad_token_id=0))
-    return classifier(family, **({"sliding_window": 24} if family == "mistral" else {}))
+    return classifier(family, sliding_window=24) if family == "mistral" else classifier(family)
 
 
 def _settings(folder, **changed) -> dict:

@@ -8,6 +8,7 @@ import torch
 import transformers
 from fastalign_kernels.attention import Segments
 from tiny import FAMILIES, SIZES
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from fastalign.data.collate import collate_flat, collate_padded
@@ -155,22 +156,35 @@ def test_adapters_and_a_saved_head(variant):
     torch.testing.assert_close(off, plain, **TOLERANCE)
 
 
-def test_the_wrapped_model_is_called():
-    """DDP reduces the gradients in hooks of its forward's output; checkpointing runs layers again."""
-    model, ids = classifier("llama"), rows()
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("task", ["Sequence", "Token"])
+def test_the_wrapped_model_is_called(task, wrapper, tmp_path):
+    """DDP and FSDP2 gather weights and reduce gradients in hooks of its forward; checkpointing runs layers again."""
+    model, ids = classifier("llama", task), rows()
     last = [[len(row) - 1] for row in ids]
     prepare_reward_model(model)
     expected = run(model, read_at(collate_flat(ids), last, ids))
-    torch.distributed.init_process_group("gloo", init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
+    model.zero_grad()
+    store = f"file://{tmp_path / 'store'}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
     try:
         model.gradient_checkpointing_enable()
-        model.train()
-        wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+        wrapped: torch.nn.Module = model.train()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        if wrapper == "ddp":
+            wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+        else:
+            for layer in model.model.layers:
+                fully_shard(layer)
+            fully_shard(model)
         assert unwrap(wrapped) is model
         result, grads = run(wrapped, read_at(collate_flat(ids), last, ids))
+        whole = {n: g.full_tensor() if hasattr(g, "full_tensor") else g for n, g in grads.items()}
     finally:
         torch.distributed.destroy_process_group()
-    assert_same((result, {name.removeprefix("module."): grad for name, grad in grads.items()}), expected)
+    assert_same((result, {name.removeprefix("module."): grad for name, grad in whole.items()}), expected)
 
 
 def test_rewards_are_scored_in_the_precision_of_the_head():

@@ -93,8 +93,8 @@ class StepTokenizer:
             made.append(self._sequence(prompt, steps[number : number + len(row)], judged))
             number += len(row)
         lengths = np.array([len(ids) for ids, _ in made], np.int64)
-        empty = np.zeros(0, np.int32)
-        rows = Rows(*(np.concatenate([empty, *part]).astype(np.int32) for part in zip(*made, strict=True)), lengths)
+        ids, marks = (np.concatenate([np.zeros(0, np.int32), *part]) for part in zip(*made, strict=True))
+        rows = Rows(ids, marks.astype(np.int32), lengths)
         if self.max_length is not None:
             self.counts["truncated"] += int((lengths > self.max_length).sum())
             rows = rows.truncated(self.max_length, "keep_start")
@@ -148,8 +148,9 @@ class StepCollator:
     def __call__(self, rows: pa.Table | list[dict]) -> TokenBatch:
         if not isinstance(rows, pa.Table) and isinstance(rows[0], pa.Table):
             rows = pa.concat_tables(rows)
+        table: Any = rows
         as_arrow = isinstance(rows, pa.Table)
-        ids, labels = (rows.column(n) if as_arrow else [row[n] for row in rows] for n in self.columns)
+        ids, labels = (table.column(n) if as_arrow else [row[n] for row in table] for n in self.columns)
         collate = collate_flat if self.flat else collate_padded
         batch = collate(ids, pad_token_id=self.pad_token_id, **self.options)
         found = read_rows("labels", labels)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -85,7 +85,7 @@ class PRMTrainer(GivenDataTrainer):
         if (model is None) == (model_init is None):
             raise ValueError("Give the model once: as `model`, or as `model_init`, a function that returns it.")
         super().__init__(
-            model_init() if model is None else model,
+            model_init() if model_init else model,
             args,
             None,
             train_dataset,
@@ -99,7 +99,7 @@ class PRMTrainer(GivenDataTrainer):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         if data_collator is not None:
-            self.data_collator = _StepsOfRows(data_collator, self.data_collator)
+            self.data_collator = _StepsOfRows(data_collator, self.make_collator())
         if self.args.disable_dropout:
             disable_dropout(self.model)
         warn_of_untrained_head(self.model)
@@ -162,10 +162,10 @@ class PRMTrainer(GivenDataTrainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only: bool, ignore_keys=None):
         """(loss, logits (1, N, C), labels (1, N)) of the steps of one evaluation batch."""
-        inputs = self._prepare_inputs(inputs)
+        batch: Any = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        return (loss, None, None) if prediction_loss_only else (loss, outputs["logits"][None], inputs.targets[None])
+            loss, outputs = cast(tuple[Tensor, dict], self.compute_loss(model, batch, return_outputs=True))
+        return (loss, None, None) if prediction_loss_only else (loss, outputs["logits"][None], batch.targets[None])
 
 
 def step_accuracy(prediction: EvalPrediction) -> dict[str, float]:

@@ -104,7 +104,7 @@ class RewardTrainer(GivenDataTrainer):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         if data_collator is not None:
-            self.data_collator = _PairsOfRows(data_collator, self.data_collator)
+            self.data_collator = _PairsOfRows(data_collator, self.make_collator())
         if self.args.disable_dropout:
             disable_dropout(self.model)
         warn_of_untrained_head(self.model)
@@ -205,9 +205,9 @@ class RewardTrainer(GivenDataTrainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only: bool, ignore_keys=None):
         """(loss, rewards (B, 2) with the chosen first, labels (B,) 0) of one evaluation batch."""
-        inputs = self._prepare_inputs(inputs)
+        batch: Any = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+            loss, outputs = cast(tuple[Tensor, dict], self.compute_loss(model, batch, return_outputs=True))
         if prediction_loss_only:
             return loss, None, None
         rewards = outputs["logits"]
