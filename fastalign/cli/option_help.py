@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 
 TITLES = {
     "AlignConfig": "training loop",
+    "AnswerArgs": "answers",
     "DatasetMixtureConfig": "data",
     "LengthArgs": "sequences",
     "LoadArgs": "model loading",
