@@ -17,6 +17,7 @@ from fastalign import given_data, prepare_policy, reference  # noqa: E402
 # A reward is beta times the difference of two sums of log-probabilities of about 100 nats; their last bits, taken in
 # another order, leave an absolute error. Losses and gradients follow the rewards.
 SUM_ERROR = 3e-7  # of the size of the sums
+MEAN_LOGIT_ERROR = 1e-6  # absolute: means of logits of either sign are near 0
 EXPONENTIAL_RTOL = 5e-5  # the gradient of exp(-ratio) is multiplied by it, and so has its absolute error of about 1e-5
 
 
@@ -87,7 +88,8 @@ def assert_same(ours: list[dict], theirs: list[dict], beta: float = 0.1, rtol: f
         assert set(own) == set(other), set(own) ^ set(other)
         size = sum(abs(v) for k, v in other.items() if "logps/" in k)
         for key in set(own) - TIMED:
-            error = max(1e-7, SUM_ERROR * beta * size) if "rewards/" in key else 1e-7
+            error = MEAN_LOGIT_ERROR if "logits/" in key else 1e-7
+            error = max(error, SUM_ERROR * beta * size) if "rewards/" in key else error
             assert math.isclose(own[key], other[key], rel_tol=rtol, abs_tol=error), (key, own[key], other[key])
 
 
