@@ -10,10 +10,14 @@ from torch import Tensor
 
 
 def row_sums(values: Tensor, lengths: Tensor) -> Tensor:
-    """(R,) sums of values (N,) over each sequence, in a fixed order; 0 for a sequence without tokens."""
+    """(R,) sums of values (N,) over each sequence, in a fixed order; 0 for a sequence without tokens.
+
+    They are added up in fp64 where there is any: one after the other in fp32, a thousand lose four digits.
+    """
     if values.device.type == "cpu" and int(lengths.sum()) != values.shape[0]:  # elsewhere this would synchronise
         raise ValueError(f"lengths add up to {int(lengths.sum())}: give those of all {values.shape[0]} tokens")
-    return torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True)
+    wide = values if values.device.type == "mps" else values.double()
+    return torch.segment_reduce(wide, "sum", lengths=lengths, unsafe=True).to(values.dtype)
 
 
 def ld_weights(position: Tensor, shared_length: Tensor, ld_alpha: float) -> Tensor:
