@@ -224,6 +224,32 @@ def test_compute_metrics_gets_the_rewards_of_pairs(tmp_path):
     np.testing.assert_allclose(trainer.predict(data).predictions, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_legacy_columns_and_a_cloned_template_with_new_tokens(tmp_path):
+    peft = pytest.importorskip("peft")
+    legacy = _data("tokens").rename_columns({f"{a}_ids": f"{a}_input_ids" for a in ANSWERS})
+    with pytest.warns(FutureWarning, match="chosen_input_ids"):
+        renamed = _trainer(fastalign, tmp_path, legacy).train_dataset
+    assert renamed.to_list() == _trainer(fastalign, tmp_path, _data("tokens")).train_dataset.to_list()
+    source = copy.deepcopy(tiny_tokenizer())
+    source.add_tokens(["<new>"], special_tokens=True)
+    source.chat_template = "{% for m in messages %}<new>{{ m['content'] }}{% endfor %}"
+    source.save_pretrained(tmp_path / "source")
+    trainer = _trainer(
+        fastalign,
+        tmp_path,
+        _data("chat"),
+        config={"chat_template_path": str(tmp_path / "source"), "max_steps": 1},
+        peft_config=peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj"]),
+    )
+    new = trainer.processing_class.convert_tokens_to_ids("<new>")
+    row = trainer.train_dataset[0]
+    assert [*row["prompt_ids"], *row["chosen_ids"]].count(new) == 2
+    before = _weights(trainer)
+    trainer.train()
+    moved = [name for name, value in _weights(trainer).items() if not torch.equal(value, before[name])]
+    assert any("trainable_tokens" in name for name in moved)
+
+
 def test_a_collator_of_trl_is_taken(tmp_path):
     trl_reward = pytest.importorskip("trl.trainer.reward_trainer")
     own = _trainer(fastalign, tmp_path, _data("margin"))
