@@ -9,6 +9,8 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
+from .findings import ALL, FINDINGS, check_names
+
 logger = logging.getLogger(__name__)
 
 
@@ -57,6 +59,10 @@ class AlignConfig(TrainingArguments):
         "(right on average, AdamW only), fp32_master (kept in an fp32 copy, 4 bytes a weight).",
         choices=["plain", "stochastic_rounding", "fp32_master"],
     )
+    stop_on_health: list[str] = arg(
+        factory=list,
+        help=f"Findings of health checks that stop the run: '{ALL}', or some of {', '.join(FINDINGS)}.",
+    )
 
     def __post_init__(self):
         if self.token_budget is not None and self.token_budget <= 0:
@@ -64,6 +70,8 @@ class AlignConfig(TrainingArguments):
         if self.kernel_backend not in ("auto", "own", "liger", "hub", "none"):
             raise ValueError(f"kernel_backend={self.kernel_backend!r}: choose auto, own, liger, hub or none.")
         check_bf16_update(self)
+        self.stop_on_health = [self.stop_on_health] if isinstance(self.stop_on_health, str) else self.stop_on_health
+        check_names(self.stop_on_health)
         if self.use_liger_kernel and self.kernel_backend not in ("auto", "liger"):
             raise ValueError(
                 f"use_liger_kernel=True means kernel_backend='liger', but that is {self.kernel_backend!r}: set one."

@@ -11,8 +11,10 @@ from transformers import TrainingArguments, set_seed
 
 from .adapters import add_adapter
 from .config import AlignConfig
+from .config_groups import LengthArgs
 from .data.batch import TokenBatch
 from .data.dict_batches import BatchAdapter
+from .data.examine import examine
 from .data.formats import first_row, has_images
 from .loop import Trainer
 from .loop.selective import enable_selective_checkpointing
@@ -80,6 +82,8 @@ class GivenDataTrainer(Trainer):
             processing_class=loaded.processing_class,
             **loop_arguments,
         )
+        cut_at = config.max_length if isinstance(config, LengthArgs) else None
+        self.health.of_data = examine(self.train_dataset, cut_at)
         self.policy = self.prepare_model()
         own = data_collator is None
         self.data_collator = self.make_collator() if own else BatchAdapter(data_collator, flat=self.policy.flat)

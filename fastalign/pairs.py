@@ -16,6 +16,7 @@ from .data.batch import TokenBatch
 from .data.dict_batches import token_batch
 from .data.pair_batches import SHARE_GAIN
 from .loop.batching import list_lengths
+from .loop.health import watch_pulls
 from .metrics import Metrics
 from .policy import HeadLoss, head_loss
 
@@ -168,6 +169,7 @@ def record_pairs(metrics: Metrics, batch: TokenBatch, found: PreferenceResult, p
     if stats.top1 is not None:
         metrics.mean("mean_token_accuracy", (stats.top1 & chosen).sum(), chosen.sum())
     metrics.tokens(batch.num_tokens)
+    watch_pulls(metrics, found.pulls)
 
 
 def record_rewards(metrics: Metrics, found: PreferenceResult) -> None:

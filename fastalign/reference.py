@@ -19,6 +19,7 @@ from datasets import Dataset, IterableDataset, is_caching_enabled
 from datasets.config import HF_DATASETS_CACHE
 from fastalign_kernels.head.answers import Answers
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
@@ -49,6 +50,9 @@ class ReferenceArgs:
     sync_ref_model: bool = arg(False, "Move the reference towards the policy while training (arXiv:2404.09656).")
     ref_model_mixup_alpha: float = arg(0.6, "Share of the policy in the new reference when they are synchronised.")
     ref_model_sync_steps: int = arg(512, "Optimizer steps between two synchronisations.")
+    kl_drift_bound: float = arg(
+        1.0, "Nats per token, |log ratio| of answers to the reference on average, from which `kl_drift` is found."
+    )
 
     def check_reference_args(self) -> None:
         """Refuse values that make no sense (ValueError)."""
@@ -385,6 +389,9 @@ class SyncRefModelCallback(TrainerCallback):
     @torch.no_grad()
     def sync_target_model(model: nn.Module, target_model: nn.Module, alpha: float) -> None:
         """Move the parameters of `target_model` towards those of `model`; both in the same order, any types."""
+        for part in target_model.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()  # a forward without backward leaves the outermost weights gathered
         for target, source in zip(target_model.parameters(), model.parameters(), strict=True):
             target.mul_(1.0 - alpha).add_(source.to(target.dtype), alpha=alpha)
 

@@ -18,6 +18,7 @@ from .data.pair_batches import UnpairedCollator
 from .data.preferences import prepare_unpaired_dataset
 from .flat_attention import free_tokens
 from .free_tokens import FreeTokens, set_free, teach_layers
+from .loop.health import watch_drift, watch_pulls
 from .pairs import disable_dropout, group_lengths, sharing
 from .policy import HeadLoss, head_loss, token_stats
 from .reference import Reference
@@ -253,3 +254,7 @@ def record_unpaired(trainer, batch: TokenBatch, found: UnpairedResult) -> None:
     metrics.mean("rewards/margins", margin, both.to(margin.dtype), skip_empty=True)
     metrics.mean("entropy", sums[10], chosen[4] + rejected[4])
     metrics.tokens(batch.num_tokens)
+    watch_pulls(metrics, found.pulls)
+    if trainer.args.beta:
+        lengths = batch.extras["lengths"].view(labels.numel(), -1)[:, 0]
+        watch_drift(metrics, found.rewards / trainer.args.beta, lengths)

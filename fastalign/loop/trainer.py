@@ -37,6 +37,7 @@ from .arguments import check_arguments, check_inputs, warn_of_unused_hooks
 from .batching import list_lengths, make_loader
 from .checkpoint_files import rotate
 from .distributed import make_accelerator, prepare_model, use_precision
+from .health import Health
 from .model_inputs import accepts_loss_kwargs, count_items, default_collator, model_loss, signature_columns
 from .model_setup import place_model, ready_for_training
 from .offload import offload_activations
@@ -100,6 +101,7 @@ class Trainer(RunOutputs):
         self.model_accepts_loss_kwargs = accepts_loss_kwargs(self.model)
         self.label_smoother = LabelSmoother(args.label_smoothing_factor) if args.label_smoothing_factor else None
         self.metrics = Metrics(args.device, self._sum_over_ranks if self.world > 1 else None)
+        self.health = Health(self)
         self._signature_columns: list[str] | None = None
         self._eval_loaders: dict[tuple[int, bool], tuple] = {}
         self._ignore_keys = None
@@ -183,7 +185,8 @@ class Trainer(RunOutputs):
         """Train; returns TrainOutput(global_step, training_loss, metrics).
 
         `resume_from_checkpoint`: a folder, or True for the last complete one in `output_dir`. Raises ValueError if
-        there is none, FloatingPointError before the first update whose loss or gradient is not finite.
+        there is none, FloatingPointError before the first update whose loss or gradient is not finite, HealthError
+        after a run that a finding of `stop_on_health` stopped: its log is written, and a checkpoint if any are.
         """
         if trial is not None:
             raise NotImplementedError("hyperparameter_search (trial) is not supported: start one run per setting.")
@@ -208,12 +211,13 @@ class Trainer(RunOutputs):
         plan = plan_training(self.args, loader, batch_size, self.world)
         self._begin(plan, loader, path)
         self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
+        self.health.begin()
         if self.args.eval_on_start:
             self._evaluate(step_schedule=False)
         first, skip = plan.position(self.state, self.args.gradient_accumulation_steps)
         for epoch in range(first, plan.num_epochs):
-            if self.state.global_step >= plan.max_steps:  # the checkpoint is that of a finished run
-                break
+            if self.control.should_training_stop or self.state.global_step >= plan.max_steps:
+                break  # the data are bad, or the checkpoint is that of a finished run
             resumed = path if epoch == first else None
             steps.run_epoch(
                 self, loader, plan, epoch, skip if resumed and not self.args.ignore_data_skip else 0, resumed
@@ -299,10 +303,9 @@ class Trainer(RunOutputs):
         if self.control.should_log and self.state.global_step > self.window.last_logged:
             logs = self.window.close(self.metrics, self.state.global_step)
             reporting.update_counted_state(self)
-            self.log(logs, self.window.start_time)
-        metrics = None
-        if self.control.should_evaluate:
-            metrics = self._evaluate()
+            self.log(self.health.judge(logs), self.window.start_time)
+        metrics = self._evaluate() if self.control.should_evaluate else None
+        if metrics is not None:
             is_best = evaluation.note_best(self.args, self.state, metrics)
             if self.args.save_strategy == SaveStrategy.BEST:
                 self.control.should_save = is_best
@@ -359,6 +362,7 @@ class Trainer(RunOutputs):
             rotate(self.args.output_dir, self.args.save_total_limit, [self.state.best_model_checkpoint])
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
         hub.wait_for_uploads(self)
+        self.health.end()
         return TrainOutput(self.state.global_step, metrics["train_loss"], metrics)
 
     def prediction_step(self, model, inputs, prediction_loss_only: bool, ignore_keys=None):

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.trainer_utils import speed_metrics
 
 from ..metrics import Metrics
+from .health import split_hidden
 from .plan import TrainingPlan
 
 
@@ -42,7 +43,7 @@ class LoggingWindow:
 
     def finish(self, metrics: Metrics, step: int, plan: TrainingPlan) -> dict[str, float]:
         """The closing log line of the `train()` call: speed, mean loss, and what was not logged yet."""
-        left = metrics.collect(loss=self.loss)
+        _, left = split_hidden(metrics.collect(loss=self.loss))
         total, steps = self.loss_before + left.pop("loss"), step - self.first_step
         samples = plan.num_train_samples * steps / max(plan.max_steps, 1)
         speed = speed_metrics("train", self.start_time, num_samples=samples, num_steps=steps)

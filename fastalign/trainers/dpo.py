@@ -17,6 +17,7 @@ from ..data.batch import TokenBatch
 from ..data.pair_batches import AnswerCollator
 from ..data.preferences import prepare_preference_dataset
 from ..given_data import GivenDataTrainer
+from ..loop.health import watch_drift
 from ..pairs import PairAdapter, PairArgs, disable_dropout, group_lengths, pair_loss, record_pairs, sharing
 from ..policy import logits_forward
 from ..reference import Reference, ReferenceArgs
@@ -214,13 +215,13 @@ class DPOTrainer(GivenDataTrainer):
         """The mean over the batch's pairs of the losses, weighted, plus the router's."""
         assert self.reference is not None
         self.check_lengths(inputs)
-        args = self.args
+        args, ref_logps = self.args, self.reference.logps(model, inputs, ld_alpha=self.args.ld_alpha)
         found = pair_loss(
             model,
             inputs,
             "dpo",
             router=self.router_inputs(),
-            ref_logps=self.reference.logps(model, inputs, ld_alpha=args.ld_alpha),
+            ref_logps=ref_logps,
             loss_type=args.loss_type,
             loss_weights=args.loss_weights,
             beta=args.beta,
@@ -233,6 +234,8 @@ class DPOTrainer(GivenDataTrainer):
         )
         loss = self.with_router_loss(found.loss, found.aux_loss, None)
         record_pairs(self.metrics, inputs, found.result)
+        logps = torch.stack([found.result.chosen_logps, found.result.rejected_logps], 1).flatten()
+        watch_drift(self.metrics, logps - ref_logps.to(logps.device), inputs.extras["lengths"])
         if not return_outputs:
             return loss
         with torch.no_grad():

@@ -19,6 +19,7 @@ from ..data.batch import TokenBatch
 from ..data.pair_batches import AnswerCollator
 from ..data.preferences import prepare_reward_dataset
 from ..given_data import GivenDataTrainer
+from ..loop.health import watch_pulls
 from ..models import set_chat_template, set_eos_token
 from ..pairs import AnswerArgs, disable_dropout, group_lengths, sharing
 from ..policy import PolicyInfo
@@ -192,6 +193,7 @@ class RewardTrainer(GivenDataTrainer):
 
         found = score_loss(model, inputs, op)
         self._record(found.result)
+        watch_pulls(self.metrics, torch.sigmoid(found.result[:, 1] - found.result[:, 0]))
         self.metrics.tokens(inputs.num_tokens)
         return (found.loss, {"logits": found.result}) if return_outputs else found.loss
 

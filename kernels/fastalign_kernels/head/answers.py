@@ -121,8 +121,8 @@ def total_over_groups(
     chunk: int | None,
     low_rank: tuple[Tensor, Tensor] | None,
     **head: Any,
-) -> tuple[Tensor, list[Tensor], TokenStats]:
-    """Loss with its graph, detached details over all groups, and detached statistics in the caller's order.
+) -> tuple[Tensor, list[Tensor], TokenStats, Tensor | None]:
+    """Loss with its graph, detached details over all groups, detached statistics in the caller's order, and `pulls`.
 
     The loss is the sum of the objective over spans of whole groups (`fused`). A `coupled` one sees all tokens at once,
     through `deferred` if they fill more than a chunk; so does any with a group longer than `LONGEST_GROUP` chunks, and
@@ -141,10 +141,20 @@ def total_over_groups(
     if (coupled and num_tokens > limit) or answers.longest_group > LONGEST_GROUP * limit or not num_tokens:
         stats = deferred(*tokens, chunk=chunk, **head)
         loss, details = objective(stats, whole)
+        pulls = _pulls(loss, stats.logp, answers)
     else:
         chunk = max(1, num_tokens) if coupled else chunk
         part = lambda stats, span: objective(stats, span)[0]  # noqa: E731
         loss, stats = fused(*tokens, part, groups=answers.groups, chunk=chunk, **head)
-        with torch.no_grad():
-            details = objective(stats, whole)[1]
-    return loss, [v.detach() for v in details], answers.unsorted(stats)
+        stats.logp.requires_grad_(torch.is_grad_enabled())
+        again, details = objective(stats, whole)
+        pulls = _pulls(again, stats.logp, answers)
+    return loss, [v.detach() for v in details], answers.unsorted(stats), pulls
+
+
+def _pulls(loss: Tensor, logp: Tensor, answers: Answers) -> Tensor | None:
+    """(G,) sum over each group's tokens of |d loss / d logp|: how much of the gradient is its; None without a graph."""
+    if not loss.requires_grad:
+        return None
+    (found,) = torch.autograd.grad(loss, logp, retain_graph=True, allow_unused=True)
+    return None if found is None else row_sums(found.abs(), answers.counts.view(-1, answers.per_group).sum(1))

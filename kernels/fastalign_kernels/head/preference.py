@@ -44,6 +44,7 @@ class PreferenceResult:
     rejected_rewards: Tensor  # (B,)
     stats: TokenStats  # (N,) in the order of the tokens
     nll: Tensor | None = None  # 0-dim, nats per token, before its factor; None without that term
+    pulls: Tensor | None = None  # (B,) sum over the pair's tokens of |d loss / d logp|; None without gradients
 
     @property
     def margins(self) -> Tensor:
@@ -66,6 +67,7 @@ class UnpairedResult:
     rewards: Tensor  # (R,)
     baseline: Tensor | None  # 0-dim: KTO's z or BCO's delta
     stats: TokenStats  # (N,) in the order of the tokens
+    pulls: Tensor | None = None  # (R,) sum over the answer's tokens of |d loss / d logp|; None without gradients
 
 
 def _reference_logps(
@@ -273,9 +275,11 @@ def linear_preference_loss(
     names = ["logp", *(["log_sum_p2"] if use_weighting else []), *outputs]
     coupled = couples_pairs or (loss == "dpo" and not COUPLE_PAIRS.isdisjoint(types))
     head = {"bias": bias, "form": form, "chunk": chunk, "low_rank": low_rank, "shard": shard}
-    total, details, stats = total_over_groups(hidden, weight, targets, answers, objective, coupled, names, **head)
+    found = total_over_groups(hidden, weight, targets, answers, objective, coupled, names, **head)
+    total, details, stats, pulls = found
     losses, chosen, rejected, chosen_rewards, rejected_rewards, *nll = details
-    return PreferenceResult(total, losses, chosen, rejected, chosen_rewards, rejected_rewards, stats, *nll)
+    values = (total, losses, chosen, rejected, chosen_rewards, rejected_rewards, stats, *nll)
+    return PreferenceResult(*values, pulls=pulls)
 
 
 @as_one_op
@@ -332,9 +336,10 @@ def linear_unpaired_loss(
 
     names, coupled = ["logp", *outputs], callable(baseline)
     head = {"bias": bias, "form": form, "chunk": chunk, "low_rank": low_rank, "shard": shard}
-    total, details, stats = total_over_groups(hidden, weight, targets, answers, objective, coupled, names, **head)
+    found = total_over_groups(hidden, weight, targets, answers, objective, coupled, names, **head)
+    total, details, stats, pulls = found
     losses, logps, rewards = details
-    return UnpairedResult(total, losses, logps, rewards, shift, stats)
+    return UnpairedResult(total, losses, logps, rewards, shift, stats, pulls)
 
 
 METHODS = {"dpo": preference_loss, "cpo": cpo_loss, "orpo": orpo_loss, "tpo": tpo_loss}
