@@ -117,6 +117,7 @@ def _norms(size: int, dtype: torch.dtype, offset: float) -> None:
 for _size in (128, 896, 4096, 8192, 4095):
     case(f"rms_norm D={_size}")(lambda d=_size: _norms(d, BF16, 0.0))
 case("rms_norm Gemma fp32")(lambda: _norms(2304, FP32, 1.0))
+case("rms_norm D=2048 fp32")(lambda: _norms(2048, FP32, 0.0))
 
 
 def _gated(size: int, activation: str, dtype: torch.dtype) -> None:

@@ -171,6 +171,8 @@ def backward(
     """Gradients of the rows (with that of the sum added) and of the weight."""
     num_rows, columns = x.shape
     rows, block, num_warps = tile(columns)
+    if block == 2048 and x.element_size() == 4:
+        num_warps = 8  # with 4 the compiler spills an address
     programs = min(triton.cdiv(num_rows, rows), PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(x.device))
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     partial = None
