@@ -146,8 +146,6 @@ def linear_cross_entropy(
     chunk: int | None,
 ) -> Tensor:
     """`head.linear_cross_entropy` as an operator; settings: ignore_index, reduction, label_smoothing, z_loss, dft."""
-    if settings[1] == "none":
-        raise ValueError("reduction='none' inside torch.compile: use linear_logprobs there, or 'mean' or 'sum'")
     needs = _needs(hidden, weight, bias)
     return _cross_entropy(hidden, weight, targets, bias, class_weights, needs, *settings, *_split(form), chunk)[0]
 

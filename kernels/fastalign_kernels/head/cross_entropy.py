@@ -150,13 +150,13 @@ def linear_cross_entropy(
     and `weight.main_grad` as in `fused`. Targets equal to `ignore_index` are dropped before the first product and cost
     nothing; to find them, the targets are read back from a GPU once: `fused` on listed positions does without, and
     returns statistics too. Inside torch.compile this is one operator of the graph (`custom_ops.py`), where it takes
-    plain weights and gives their gradients to autograd; `low_rank` and `shard` break the graph. Raises ValueError.
+    plain weights and gives their gradients to autograd; `low_rank`, `shard`, reduction "none" break it. ValueErrors.
     """
     _check(reduction, label_smoothing, dft, class_weights, weight, softcap is not None)
     if class_weights is not None and shard is not None:
         raise ValueError("class_weights with shard: give per-token weights to a loss function of `fused` instead")
     form = LogitForm(logit_scale, softcap, temperature)
-    if torch.compiler.is_compiling() and low_rank is None and shard is None:
+    if torch.compiler.is_compiling() and low_rank is None and shard is None and reduction != "none":
         from fastalign_kernels import custom_ops
 
         settings = (ignore_index, reduction, label_smoothing, z_loss, dft)
