@@ -325,7 +325,20 @@ def _resolve(trainer, ref_model, quantization_config) -> Any:
     if not trainer.policy.flat:
         options.setdefault("attn_implementation", policy.config._attn_implementation)
     trust = options.pop("trust_remote_code", args.trust_remote_code)
-    return load_model(name, trust_remote_code=trust, **options)
+    found = load_model(name, trust_remote_code=trust, **options)
+    if ref_model is None and _differ(policy, found):
+        logger.warning(
+            "The reference is loaded from %r, but the weights of `model` are others: it was changed in memory. If it "
+            "should be compared with itself as it is now, pass `ref_model=copy.deepcopy(model)`.",
+            name,
+        )
+    return found
+
+
+def _differ(model: nn.Module, other: nn.Module) -> bool:
+    """Whether the beginning of some parameter differs."""
+    pairs = zip(model.parameters(), other.parameters(), strict=True)
+    return any(not torch.equal(a.flatten()[:256].cpu(), b.flatten()[:256].cpu().to(a.dtype)) for a, b in pairs)
 
 
 def _prepared(trainer, model: Any) -> Any:

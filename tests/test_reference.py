@@ -7,6 +7,7 @@ from test_parity_dpo import pairs
 from test_parity_sft import _lora
 from tiny import tiny_model
 from torch import nn
+from transformers import LlamaForCausalLM
 
 from fastalign import BEMACallback, SyncRefModelCallback, logits_forward
 from fastalign import reference as module
@@ -90,6 +91,18 @@ def test_a_model_without_a_file_is_copied_and_a_name_is_loaded(tmp_path):
     tiny_model(seed=3).save_pretrained(tmp_path / "other")
     trainer = make(tmp_path, model=model, ref_model=str(tmp_path / "other"))
     assert same(weights(tiny_model(seed=3)), weights(trainer.ref_model))
+
+
+def test_a_policy_that_was_changed_after_loading_is_noticed(tmp_path, caplog):
+    tiny_model(seed=2).save_pretrained(tmp_path / "model")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "model")
+    make(tmp_path, model=model)
+    assert "changed in memory" not in caplog.text
+    with torch.no_grad():
+        model.model.norm.weight += 0.1
+    trainer = make(tmp_path, model=model)
+    assert "the weights of `model` are others: it was changed in memory" in caplog.text
+    assert same(weights(tiny_model(seed=2)), weights(trainer.ref_model))
 
 
 def test_the_policy_itself_is_refused(tmp_path):
