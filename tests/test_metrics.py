@@ -19,6 +19,18 @@ def test_mean_is_the_mean_over_micro_batches_of_the_ratio():
     assert metrics.collect() == {}
 
 
+def test_empty_micro_batches_can_be_left_out():
+    metrics = Metrics(CPU)
+    for total, count in [(3.0, 4), (0.0, 0), (1.0, 1)]:
+        metrics.mean("chosen", torch.tensor(total), torch.tensor(count), skip_empty=True)
+        metrics.mean("rejected", torch.tensor(0.0), 0, skip_empty=True)
+    assert metrics.collect() == {"chosen": pytest.approx((0.75 + 1.0) / 2)}
+    for step in range(2 * FOLD + 3):
+        metrics.mean("chosen", torch.tensor(float(step)), torch.tensor(step % 2), skip_empty=True)
+    odd = [step for step in range(2 * FOLD + 3) if step % 2]
+    assert metrics.collect() == {"chosen": pytest.approx(sum(odd) / len(odd))}
+
+
 def test_training_and_evaluation_are_kept_apart():
     metrics = Metrics(CPU)
     metrics.mean("entropy", 2.0)
