@@ -55,23 +55,31 @@ SMALL = {  # about 13M parameters with a vocabulary of 32,000
 }
 
 
-def make_model_folder(folder: pathlib.Path, rows: list[dict], vocab_size: int, shape: dict[str, int] = SMALL) -> None:
-    """A random Qwen2 and a byte-level BPE tokenizer trained on `rows`, saved as `from_pretrained` wants them."""
-    import torch
+def make_tokenizer(texts: list[str], vocab_size: int):
+    """A byte-level BPE tokenizer trained on `texts`, with `<pad>` = 0 and the end token `</s>` = 1."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+    from transformers import PreTrainedTokenizerFast
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=min(vocab_size, 32_000),
+        vocab_size=vocab_size,
         special_tokens=["<pad>", "</s>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator((row["prompt"] + row["completion"] for row in rows), trainer)
-    PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="</s>").save_pretrained(folder)
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="</s>")
+
+
+def make_model_folder(folder: pathlib.Path, rows: list[dict], vocab_size: int, shape: dict[str, int] = SMALL) -> None:
+    """A random Qwen2 and a byte-level BPE tokenizer trained on `rows`, saved as `from_pretrained` wants them."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    texts = [row["prompt"] + row["completion"] for row in rows]
+    make_tokenizer(texts, min(vocab_size, 32_000)).save_pretrained(folder)
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=vocab_size,
