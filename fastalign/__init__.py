@@ -13,6 +13,7 @@ _PUBLIC = {  # public name -> module that defines it; imported on first use, so 
     "DPOTrainer": "fastalign.trainers.dpo",
     "DatasetConfig": "fastalign.data.mixture",
     "DatasetMixtureConfig": "fastalign.data.mixture",
+    "HealthError": "fastalign.loop.health",
     "KTOConfig": "fastalign.trainers.kto",
     "KTOTrainer": "fastalign.trainers.kto",
     "ModelConfig": "fastalign.cli.arguments",

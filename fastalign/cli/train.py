@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoTokenizer, set_seed
 
 from ..data.load import load_rows, select_columns
 from ..data.mixture import DatasetMixtureConfig, get_dataset
+from ..loop.health import HealthError
 from ..models import model_class
 from ..report.settings import write_settings
 from .arguments import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
@@ -35,7 +36,7 @@ def make_parser(name: str, config_class: type) -> AlignParser:
 
 
 def run(name: str, config_class: type, trainer_class: type, arguments: list[str]) -> int:
-    """Run `fastalign NAME` with `arguments`; returns the exit code (2: an option is wrong, 1: model or data are)."""
+    """Run `fastalign NAME` with `arguments`; returns the exit code (1: model or data, 2: an option, 3: health)."""
     parser = make_parser(name, config_class)
     try:
         own, file_rest = parser.read_config_option(arguments)
@@ -57,7 +58,14 @@ def run(name: str, config_class: type, trainer_class: type, arguments: list[str]
         trainer = make_trainer(trainer_class, script_args, training_args, model_args, mixture)
         if trainer.is_world_process_zero():
             write_settings(training_args.output_dir, parser.given(namespace))
-        trainer.train(resume_from_checkpoint=_resume_choice(training_args.resume_from_checkpoint))
+        try:
+            trainer.train(resume_from_checkpoint=_resume_choice(training_args.resume_from_checkpoint))
+        except HealthError as error:
+            trainer.save_state()  # the report reads it
+            folder = training_args.output_dir
+            trainer.accelerator.print(f"{parser.prog}: {error}\nCurves: fastalign report {folder}", file=sys.stderr)
+            trainer.accelerator.end_training()
+            return 3
         _finish(trainer, training_args, script_args)
     except (ValueError, OSError) as error:  # what a user can get wrong; anything else keeps its traceback
         if training_args.log_level == "debug":

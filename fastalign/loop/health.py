@@ -120,15 +120,17 @@ class Health:
     def __init__(self, trainer: Any):
         self.trainer = trainer
         self.of_data: dict[str, float] = {}  # findings of the training data, from its preparation
+        self.pending: dict[str, float] = {}  # of these, what no log has yet
         self.reasons: list[str] = []  # why this run is stopped
 
     def begin(self) -> None:
-        """Before the first step: log what the data show."""
+        """Before the first step: warn of what the data show; it goes to the first log, or to one of its own here."""
         self.reasons = []
         known = {key for entry in self.trainer.state.log_history for key in entry}
         logs = self._tell(self.of_data)
-        if not logs.keys() <= known:
-            self.trainer.log(logs)
+        self.pending = {key: value for key, value in logs.items() if key not in known}
+        if self.reasons and self.pending:
+            self.trainer.log(self.pending)
 
     def judge(self, logs: dict[str, float]) -> dict[str, float]:
         """The newest `logs`, with what they show, without what only this class reads."""
@@ -140,7 +142,8 @@ class Health:
         rows = hidden.get("rows", 0.0) * num_steps * args.gradient_accumulation_steps * trainer.world
         limits = {"drift": getattr(args, "kl_drift_bound", 0.0), "rows": rows}
         found = findings([*history, logs], hidden, progress=state.global_step / max(state.max_steps, 1), **limits)
-        return logs | self._tell(found)
+        pending, self.pending = self.pending, {}
+        return logs | pending | self._tell(found)
 
     def _tell(self, found: dict[str, float]) -> dict[str, float]:
         """Warn of what is new, ask for a stop where that is wanted; returns what the log gets."""

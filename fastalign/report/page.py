@@ -1,4 +1,4 @@
-"""The report's HTML: summary, results, charts, samples and settings of runs, in one file without outside parts."""
+"""The report's HTML: results, health, charts, samples and settings of runs, in one file without outside parts."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import datetime
 from collections.abc import Sequence
 from html import escape
 
+from ..findings import FINDINGS
 from .charts import Line, line_chart, short
 from .runs import Run
 from .style import SCRIPT, STYLE
@@ -20,6 +21,7 @@ def render_page(runs: list[Run], title: str) -> str:
     sections = [
         _section("Results", "".join(_results(run, len(runs) > 1) for run in runs if run.results)),
         _section("Summary", _summary(runs)),
+        _section("Health", "".join(_health(run, len(runs) > 1) for run in runs)),
         _section("Curves", _charts(runs)),
         _section("Samples", "".join(_samples(run, len(runs) > 1) for run in runs if run.samples)),
         _section("Settings", _settings(runs)),
@@ -81,6 +83,19 @@ def _summary(runs: list[Run]) -> str:
         rows.append([key.replace("_", " "), *(_rounded(run.last(key)) for run in runs)])
     rows = [row for row in rows if any(value is not None for value in row[1:])]
     return _table(["", *(run.name for run in runs)], rows, "summary")
+
+
+def _health(run: Run, several: bool) -> str:
+    """What the run's findings say, when, how often, and what to do."""
+    rows = []
+    for name, logs in run.findings().items():
+        step, value = logs[0]
+        often = f"in {len(logs)} logs" if len(logs) > 1 else "once"
+        says = FINDINGS[name].says.format(value=value)
+        rows.append([name, f"{says[0].upper()}{says[1:]}", step, often, FINDINGS[name].remedy])
+    if not rows:
+        return _run_heading(run, several) + "<p>Nothing was found.</p>"
+    return _run_heading(run, several) + _table(["", "finding", "first at step", "found", "what to do"], rows, "health")
 
 
 def _rounded(value: float | None) -> float | None:

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..findings import FINDINGS, PREFIX
+
 SAMPLES, RESULTS, SETTINGS, STATE = "samples.jsonl", "results.json", "run.yaml", "trainer_state.json"
 NOT_CURVES = re.compile(
-    r"epoch|step|total_flos|train_.*|(.*_)?(num_tokens|num_input_tokens_seen)|.*_(runtime|per_second)"
+    r"health/.*|epoch|step|total_flos|train_.*|(.*_)?(num_tokens|num_input_tokens_seen)|.*_(runtime|per_second)"
 )
 
 
@@ -38,6 +40,15 @@ class Run:
                 if NOT_CURVES.fullmatch(key) or not _is_number(value):
                     continue
                 found.setdefault(key, []).append((entry.get("step", 0), value))
+        return found
+
+    def findings(self) -> dict[str, list[tuple[int, float]]]:
+        """Finding -> (step, number) of every log that has it."""
+        found: dict[str, list[tuple[int, float]]] = {}
+        for entry in self.log:
+            for key in entry:
+                if key.removeprefix(PREFIX) in FINDINGS and key.startswith(PREFIX) and _is_number(entry[key]):
+                    found.setdefault(key.removeprefix(PREFIX), []).append((entry.get("step", 0), entry[key]))
         return found
 
     def last(self, key: str) -> float | None:

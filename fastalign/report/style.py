@@ -34,6 +34,7 @@ table.results td:not(:first-child){font-weight:600;font-size:16px}
 table.samples td,table.settings td{font-family:ui-monospace,SFMono-Regular,Menlo,monospace;font-size:13px;
 white-space:pre-wrap;overflow-wrap:anywhere;vertical-align:top;max-width:420px}
 table.samples td:first-child{color:var(--text)}
+table.health td{white-space:normal;vertical-align:top}table.health td:nth-child(-n+2){color:var(--bad);font-weight:600}
 .right{color:var(--good)}.wrong{color:var(--bad)}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(340px,100%),1fr));gap:14px}
 figure{margin:0;background:var(--card);border:1px solid var(--line);border-radius:10px;padding:12px 10px 4px}
