@@ -253,10 +253,15 @@ def run_cases(cases: list[Case], options: argparse.Namespace) -> int:
         if options.ops and not any(part in case.op for part in options.ops):
             continue
         print(f"{case.op} {case.mode} {case.shape} {str(case.dtype).removeprefix('torch.')}", flush=True)
-        rows += measure(case, ["fastalign", *options.against], 1 if options.dry_run else options.repeats, roof)
+        try:
+            found = measure(case, ["fastalign", *options.against], 1 if options.dry_run else options.repeats, roof)
+        except torch.OutOfMemoryError as error:  # the specification in fp64 is what takes most
+            print(f"  left out, {str(error)[:200]}")
+            found = []
+        rows += found
+        if not options.dry_run:  # each case at once: what is measured stays if a later one is stopped
+            append_rows(options.output or results_file(), found)
         _trim()
-    if not options.dry_run:
-        append_rows(options.output or results_file(), rows)
     if options.plot:
         from plots import draw
 

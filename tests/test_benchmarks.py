@@ -61,6 +61,23 @@ def test_wrong_results_and_gradients_are_not_timed(capsys):
     assert torch.cuda.is_available() or "card: left out, it needs a GPU" in out
 
 
+def test_what_is_measured_stays_when_a_later_case_fails(tmp_path, capsys):
+    """A case too large for the card is named and left out; each case is on disk before the next one starts."""
+    path, fine, large, broken = tmp_path / "found.json", square_case([]), square_case([]), square_case([])
+
+    def exhausted(inputs):
+        raise torch.OutOfMemoryError("no room for fp64")
+
+    def fails(inputs):
+        raise RuntimeError(f"{len(results_file.read_rows(path))} rows")
+
+    large.exact, broken.exact = exhausted, fails
+    options = measure.parser_of("", ["exact"], "").parse_args(["--repeats", "1", "--output", str(path)])
+    with pytest.raises(RuntimeError, match="1 rows"):
+        measure.run_cases([fine, large, broken], options)
+    assert "left out, no room for fp64" in capsys.readouterr().out
+
+
 def test_peak_memory_is_what_a_call_adds():
     if measure.peak_bytes(lambda: None) is None:
         pytest.skip("the peak of this process cannot be reset here")
