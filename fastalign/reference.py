@@ -7,7 +7,6 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +25,10 @@ from transformers import TrainerCallback
 from .adapters import is_peft_model
 from .config import arg
 from .data.batch import TokenBatch
-from .loop.batching import readable_rows
+from .loop.batching import batches_by_length, readable_rows
 from .loop.distributed import is_fsdp, use_precision
 from .loop.model_setup import place_model
+from .loop.weights import content_hash
 from .models import load_model, model_name
 from .policy import prepare_policy, token_stats
 
@@ -247,44 +247,6 @@ def answer_logps(batch: TokenBatch, logp: Tensor, ld_alpha: float | None = None)
     if ld_alpha is not None:
         answers.fade_tails(ld_alpha)
     return answers.logps(logp, slice(None), slice(None), False)
-
-
-def batches_by_length(lengths: np.ndarray, budget: int | None, size: int, *, padded: bool) -> list[np.ndarray]:
-    """Row numbers of batches, longest rows first, of at most `budget` tokens.
-
-    Without a budget it is what the `size` longest rows need, so that later batches hold more and none needs more.
-    `padded` counts the padded rectangle.
-    """
-    order = np.argsort(-lengths, kind="stable")
-    if budget is None:
-        longest = lengths[order[:size]]
-        budget = int(longest[0] * len(longest) if padded else longest.sum()) if len(order) else 0
-    starts, used, first = [0], 0, 0
-    for i, row in enumerate(order):
-        cost = int(lengths[order[first]] if padded else lengths[row])
-        if i > first and used + cost > budget:
-            starts.append(i)
-            first, used = i, 0
-            cost = int(lengths[row])
-        used += cost
-    return np.split(order, starts[1:])
-
-
-def content_hash(model: nn.Module, skip: tuple[str, ...] = ()) -> str:
-    """Digest of all weights by name, type and value, except names that hold one of `skip`."""
-
-    def digest(item: tuple[str, Any]) -> bytes:
-        name, tensor = item
-        if not isinstance(tensor, Tensor):
-            return repr(item).encode()
-        data = tensor.detach().cpu().contiguous()
-        head = f"{name} {data.dtype} {tuple(data.shape)}".encode()
-        values: Any = data.reshape(-1).view(torch.uint8).numpy() if data.numel() else b""
-        return hashlib.blake2b(values, key=hashlib.blake2b(head).digest()).digest()
-
-    kept = sorted((k, v) for k, v in model.state_dict().items() if not any(part in k for part in skip))
-    with ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1))) as pool:  # hashing releases the interpreter's lock
-        return hashlib.sha256(b"".join(pool.map(digest, kept))).hexdigest()
 
 
 def _copy_adapter(model: Any) -> None:

@@ -11,9 +11,11 @@ from transformers import LlamaForCausalLM
 
 from fastalign import BEMACallback, SyncRefModelCallback, logits_forward
 from fastalign import reference as module
+from fastalign.loop.batching import batches_by_length
+from fastalign.loop.weights import content_hash
 from fastalign.pairs import disable_dropout
 from fastalign.policy import prepare_policy, token_stats
-from fastalign.reference import answer_logps, batches_by_length, content_hash
+from fastalign.reference import answer_logps
 
 SUMS = {"rtol": 1e-5, "atol": 1e-4}  # sums of about 30 log-probabilities of 5 nats
 

@@ -109,6 +109,27 @@ def fill_micro_batches(rows: list[int], lengths: np.ndarray, budget: int, padded
     return [[rows[i] for i in sorted(part)] for part in filled]
 
 
+def batches_by_length(lengths: np.ndarray, budget: int | None, size: int, *, padded: bool) -> list[np.ndarray]:
+    """Row numbers of batches, longest rows first, of at most `budget` tokens.
+
+    Without a budget it is what the `size` longest rows need, so that later batches hold more and none needs more.
+    `padded` counts the padded rectangle.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    if budget is None:
+        longest = lengths[order[:size]]
+        budget = int(longest[0] * len(longest) if padded else longest.sum()) if len(order) else 0
+    starts, used, first = [0], 0, 0
+    for i, row in enumerate(order):
+        cost = int(lengths[order[first]] if padded else lengths[row])
+        if i > first and used + cost > budget:
+            starts.append(i)
+            first, used = i, 0
+            cost = int(lengths[row])
+        used += cost
+    return np.split(order, starts[1:])
+
+
 class StepSampler(BatchSampler):
     """Batch sampler that knows optimizer steps: yields micro-batches, and tells how many belong to each step.
 

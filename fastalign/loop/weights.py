@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import os
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +195,23 @@ def _compare(file: Path, own: dict[str, Tensor], state: dict[str, Tensor]) -> No
 
 def _some(keys: list[str]) -> str:
     return ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
+
+
+def content_hash(model: nn.Module, skip: tuple[str, ...] = ()) -> str:
+    """Digest of all weights by name, type and value, except names that hold one of `skip`."""
+
+    def digest(item: tuple[str, Any]) -> bytes:
+        name, tensor = item
+        if not isinstance(tensor, Tensor):
+            return repr(item).encode()
+        data = tensor.detach().cpu().contiguous()
+        head = f"{name} {data.dtype} {tuple(data.shape)}".encode()
+        values: Any = data.reshape(-1).view(torch.uint8).numpy() if data.numel() else b""
+        return hashlib.blake2b(values, key=hashlib.blake2b(head).digest()).digest()
+
+    kept = sorted((k, v) for k, v in model.state_dict().items() if not any(part in k for part in skip))
+    with ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1))) as pool:  # hashing releases the interpreter's lock
+        return hashlib.sha256(b"".join(pool.map(digest, kept))).hexdigest()
 
 
 # Optimizer

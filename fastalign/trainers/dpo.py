@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from fastalign_kernels.losses.preference import COUPLE_PAIRS, OF_THE_MARGIN, PREFERENCE_LOSSES
+from fastalign_kernels.losses.preference import COUPLE_PAIRS, PREFERENCE_LOSSES, check_preference_loss
 from transformers import TrainingArguments
 
 from ..bema import BEMACallback
@@ -61,36 +61,16 @@ class DPOConfig(ReferenceArgs, PairArgs, AlignConfig):
 
     def _check_loss(self) -> None:
         types = self.loss_type
-        if not types or (unknown := [name for name in types if name not in PREFERENCE_LOSSES]):
+        if not types or (self.loss_weights is not None and len(self.loss_weights) != len(types)):
             raise ValueError(
-                f"`loss_type` is {types}; {unknown if types else 'an empty list'} is not supported. Supported values "
-                f"are {list(PREFERENCE_LOSSES)}."
-            )
-        if self.loss_weights is not None and len(self.loss_weights) != len(types):
-            raise ValueError(
-                f"`loss_weights` has {len(self.loss_weights)} weights, `loss_type` {len(types)} losses: give one for "
-                "each."
+                f"`loss_weights` is {self.loss_weights}, `loss_type` {types}: give at least one loss, and a weight "
+                "for each or none."
             )
         if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
             raise ValueError(f"`ld_alpha` is {self.ld_alpha}; it must be from 0 to 1, or None for plain sums.")
         one_of(self, "f_divergence_type", DIVERGENCES)
-        if self.f_divergence_type != "reverse_kl" and not set(types) <= OF_THE_MARGIN:
-            raise ValueError(
-                f"`f_divergence_type={self.f_divergence_type!r}` is defined for losses of the margin "
-                f"({sorted(OF_THE_MARGIN)}), but `loss_type` is {types}. Use 'reverse_kl'."
-            )
-        if not 0 <= self.label_smoothing < (0.5 if "robust" in types else 1):
-            raise ValueError(
-                f"`label_smoothing` is {self.label_smoothing}; it must be from 0 to 1, below 0.5 for 'robust'."
-            )
-        if "exo_pair" in types and self.label_smoothing == 0:
-            raise ValueError("`loss_type='exo_pair'` takes the logarithm of `label_smoothing`: set it, to 1e-3 say.")
+        check_preference_loss(types, self.label_smoothing, self.f_divergence_type, self.use_weighting)
         coupled = sorted(COUPLE_PAIRS.intersection(types))
-        if coupled and self.use_weighting:
-            raise NotImplementedError(
-                f"`use_weighting=True` with `loss_type={coupled}`: sorted losses belong to no single pair, so nothing "
-                "can weight them. Set it to False."
-            )
         if coupled and self.token_budget is not None:
             raise ValueError(
                 f"`token_budget` regroups the pairs of a step, and `loss_type={coupled}` sorts those of a "

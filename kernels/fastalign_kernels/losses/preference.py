@@ -178,7 +178,10 @@ def _sigmoid_norm(p: _Pairs) -> Tensor:
     return -F.logsigmoid(p.beta * p.mean_margin)
 
 
-def _check(loss_types: Sequence[str], label_smoothing: float, f_divergence_type: str, weighted: bool) -> None:
+def check_preference_loss(
+    loss_types: Sequence[str], label_smoothing: float, f_divergence_type: str, weighted: bool
+) -> None:
+    """Raise ValueError for settings of `preference_loss` that contradict each other; `weighted`: WPO."""
     if unknown := [name for name in loss_types if name not in PREFERENCE_LOSSES]:
         raise ValueError(f"loss_type {unknown}: choose among {', '.join(PREFERENCE_LOSSES)}")
     if not 0 <= label_smoothing < (0.5 if "robust" in loss_types else 1):
@@ -225,7 +228,7 @@ def preference_loss(
     shares = [1.0] * len(types) if loss_weights is None else list(loss_weights)
     if not types or len(shares) != len(types):
         raise ValueError(f"loss_weights {shares} for loss_type {types}: give as many, at least one")
-    _check(types, label_smoothing, f_divergence_type, weights is not None)
+    check_preference_loss(types, label_smoothing, f_divergence_type, weights is not None)
     per_token = set(types) & {"ipo", "sigmoid_norm"}
     if (per_token and (chosen_lengths is None or rejected_lengths is None)) or (
         "sft" in types and chosen_lengths is None and chosen_nll is None
