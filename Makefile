@@ -16,7 +16,7 @@ export OMP_WAIT_POLICY := PASSIVE
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo    train a small model on a task with checkable answers and write a report (about a minute)"
+	@echo "make demo    train a small model on a task with checkable answers and write a report (90 s)"
 	@echo "make test    run the tests; ARGS='-k packing' selects, JOBS=4 uses four processes"
 	@echo "make check   formatter, linter, types, layers and sizes"
 	@echo "make bench   time everything against the baselines on this machine; ARGS go to 'fastalign bench'"

@@ -12,7 +12,8 @@ from datasets import Dataset
 from tiny import tiny_model, tiny_tokenizer
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu"]
-TIMED = ("runtime", "per_second", "total_flos")  # parts of keys that differ from run to run, or that TRL leaves at 0
+# parts of keys that differ from run to run, that TRL leaves at 0, or that only we have
+TIMED = ("runtime", "per_second", "total_flos", "health/")
 LAYOUTS = ("flat", "shared", "padded")
 SETTINGS = {
     "per_device_train_batch_size": 3,

@@ -9,7 +9,7 @@ from fastalign.cli.main import main
 from fastalign.demo import run
 from fastalign.demo.evaluate import complete, score
 from fastalign.demo.model import make_model, make_tokenizer
-from fastalign.demo.task import Task, is_right, noisy_rows, sort_tasks
+from fastalign.demo.task import Task, is_right, noisy_rows, preference_rows, sort_tasks
 
 
 def test_tasks_are_sorted_and_held_out():
@@ -26,6 +26,15 @@ def test_noise_spoils_its_share_of_the_answers():
         rows = noisy_rows(tasks, noise, seed=1)
         wrong = sum(text != task.answer for text, task in zip(rows["completion"], tasks, strict=True)) / len(tasks)
         assert low <= wrong <= high and rows["prompt"] == [task.prompt for task in tasks]
+
+
+def test_pairs_prefer_the_answer_to_something_else():
+    tasks = sort_tasks(2000, 2, seed=0)
+    rows = preference_rows(tasks, seed=1)
+    answers = {task.prompt: task.answer for task in tasks}
+    triples = list(zip(rows["prompt"], rows["chosen"], rows["rejected"], strict=True))
+    assert all(chosen == answers[prompt] != rejected and len(rejected) == 2 for prompt, chosen, rejected in triples)
+    assert 1950 <= len(triples) < 2000  # one in a hundred is right by chance
 
 
 def test_tokenizer_gives_texts_back():
@@ -56,23 +65,28 @@ def test_batched_greedy_completion_is_that_of_one_prompt_at_a_time():
 
 def test_short_demo_learns_and_leaves_a_model_that_loads(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run, "NUM_DIGITS", 3)
-    monkeypatch.setattr(run, "NOISE", 0.0)
+    monkeypatch.setattr(run, "NOISE", 0.3)
     monkeypatch.setattr(run, "NUM_HELD_OUT", 64)
     monkeypatch.setattr(run, "BATCH", 128)
+    monkeypatch.setattr(run, "PAIR_BATCH", 64)
     assert main(["demo", "--output_dir", str(tmp_path), "--steps", "50"]) == 0
     out = capsys.readouterr().out
-    results = json.loads((tmp_path / "sft" / "results.json").read_text())
+    results = json.loads((tmp_path / "dpo" / "results.json").read_text())
     rows = {row[0]: row[1:] for row in results["rows"]}
-    before, after = (float(text.rstrip("%")) for text in rows["accuracy, greedy"])
-    assert before <= 5 and after >= 60
-    assert float(rows["held-out loss (nats/token)"][1]) < 0.3 < 2 < float(rows["held-out loss (nats/token)"][0])
+    before, tuned, after = (float(text.rstrip("%")) for text in rows["accuracy, greedy"])
+    assert before <= 5 and tuned >= 60 and after >= tuned - 5
+    before, tuned, after = (float(text.rstrip("%")) for text in rows["accuracy, sampled"])
+    assert before <= 5 and tuned <= 60 and after >= tuned + 15
+    losses = [float(text) for text in rows["held-out loss (nats/token)"]]
+    assert losses[1] < 0.5 < 2 < losses[0] and losses[2] < losses[1]
     assert str(tmp_path / "report.html") in out and "accuracy, greedy" in out
     page = (tmp_path / "report.html").read_text()
-    assert "after SFT" in page and "data-lines" in page
-    samples = [json.loads(line) for line in (tmp_path / "sft" / "samples.jsonl").read_text().splitlines()]
+    assert "after DPO" in page and "rewards/margins" in page and "<h2>Health</h2>" in page and "data-lines" in page
+    samples = [json.loads(line) for line in (tmp_path / "dpo" / "samples.jsonl").read_text().splitlines()]
     assert all(s["correct"] == (s["completion"] == s["expected"]) for s in samples)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "sft")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "sft")
-    shown = [s for s in samples if s["stage"] == "after SFT"]
-    again = complete(model, tokenizer, [s["prompt"] for s in shown], max_new_tokens=4)
-    assert again == [s["completion"] for s in shown]
+    for name, stage in {"sft": "after SFT", "dpo": "after DPO"}.items():
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / name)
+        shown = [s for s in samples if s["stage"] == stage]
+        again = complete(model, tokenizer, [s["prompt"] for s in shown], max_new_tokens=5)
+        assert again == [s["completion"] for s in shown]

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -294,3 +295,8 @@ def test_the_command_ends_with_3_and_the_report_shows_why(tmp_path, capsys):
     assert "fastalign dpo: Stopped by stop_on_health at step 0, duplicate_pairs: 4.8%" in capsys.readouterr().err
     page = write_report(tmp_path / "out").read_text()
     assert "duplicate_pairs" in page and FINDINGS["duplicate_pairs"].remedy in page
+
+
+def test_docs_name_every_finding():
+    text = (Path(__file__).parent.parent / "docs" / "health.md").read_text()
+    assert re.findall(r"^\| `(\w+)` \|", text, flags=re.M) == [*FINDINGS]

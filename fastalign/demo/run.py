@@ -1,4 +1,4 @@
-"""`fastalign demo`: make a model and a task, fine-tune, compare before and after, write the report."""
+"""`fastalign demo`: make a model and a task, fine-tune, prefer right answers, compare, write the report."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 NUM_DIGITS, NOISE = 6, 0.5
 STEPS, BATCH = 120, 256
+PAIR_BATCH = 128  # pairs of a step of the preference stage, which has a third of the steps
 NUM_HELD_OUT, NUM_SHOWN = 512, 24
 
 
@@ -68,6 +69,46 @@ def sft_trainer(model, tokenizer, tasks, output_dir: str, *, steps: int, seed: i
     return trainer
 
 
+def dpo_settings(*, steps: int, seed: int) -> dict:
+    """The fields of the demo's DPOConfig."""
+    return {
+        "max_steps": steps,
+        "per_device_train_batch_size": PAIR_BATCH,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": max(steps // 6, 1),
+        "loss_type": "apo_zero",  # which also raises the chosen answers, where there is room for little else
+        "beta": 1.0,
+        "kl_drift_bound": 3.0,  # rejected answers of seven characters are to become impossible
+        "max_length": 64,
+        "gradient_checkpointing": False,
+        "logging_steps": max(steps // 20, 1),
+        "save_strategy": "no",
+        "report_to": "none",
+        "seed": seed,
+    }
+
+
+def dpo_trainer(model, tokenizer, tasks, output_dir: str, *, steps: int, seed: int):
+    """The trainer that teaches `model` to prefer right answers to wrong ones; its reference is the model as it is."""
+    from datasets import Dataset
+
+    from fastalign import DPOConfig, DPOTrainer
+    from fastalign.loop.progress import TrainingProgress
+
+    from .progress import OneLine
+    from .task import preference_rows, sort_tasks
+
+    held_out = frozenset(task.prompt for task in tasks)
+    new = sort_tasks(steps * PAIR_BATCH, NUM_DIGITS, seed + 3, held_out)
+    settings = DPOConfig(output_dir, **dpo_settings(steps=steps, seed=seed))
+    pairs = Dataset.from_dict(preference_rows(new, seed + 4))
+    trainer = DPOTrainer(model, args=settings, train_dataset=pairs, processing_class=tokenizer)
+    trainer.remove_callback(TrainingProgress)
+    trainer.add_callback(OneLine("DPO"))
+    return trainer
+
+
 def measure(name: str, trainer, tokenizer, tasks, seed: int, *, tokens_per_second=None, seconds=0.0) -> Stage:
     """Score the trainer's model as it is."""
     from .evaluate import peak_memory, score
@@ -79,34 +120,43 @@ def measure(name: str, trainer, tokenizer, tasks, seed: int, *, tokens_per_secon
     )
 
 
-def run_demo(output_dir: str, *, seed: int = 0, steps: int = STEPS) -> list[Stage]:
-    """Run all stages, leave model, samples, results and settings in `output_dir`/sft; returns the stages, in order."""
+def train(trainer, folder: str, settings: dict) -> dict[str, float]:
+    """Train, leave model, log and settings in `folder`; returns what `Stage` has of it."""
     from fastalign.report.settings import write_settings
 
+    start = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - start
+    tokens = next(entry["num_tokens"] for entry in reversed(trainer.state.log_history) if "num_tokens" in entry)
+    trainer.save_model(folder)
+    trainer.save_state()
+    write_settings(folder, settings)
+    return {"tokens_per_second": tokens / seconds, "seconds": seconds}
+
+
+def run_demo(output_dir: str, *, seed: int = 0, steps: int = STEPS) -> list[Stage]:
+    """Run all stages, in order; models are left in `output_dir`/sft and `output_dir`/dpo, results in the latter."""
     from .model import make_model, make_tokenizer
     from .task import sort_tasks
 
-    folder = str(Path(output_dir, "sft"))
+    sft, dpo = (str(Path(output_dir, name)) for name in ("sft", "dpo"))
     tokenizer = make_tokenizer()
     model = make_model(tokenizer, seed=seed)
     tasks = sort_tasks(NUM_HELD_OUT, NUM_DIGITS, seed)
     print(
         f"Task: sort {NUM_DIGITS} digits. Model: Qwen2 from random weights, {model.num_parameters():,} parameters, "
-        f"{len(tokenizer)} characters. {steps} steps of {BATCH} examples, of which {NOISE:.0%} are wrong on purpose.\n"
+        f"{len(tokenizer)} characters. {steps} steps of {BATCH} examples, of which {NOISE:.0%} are wrong on purpose;\n"
+        f"then {steps // 3} steps of {PAIR_BATCH} pairs, in which the right answer is preferred to a wrong one.\n"
     )
-    trainer = sft_trainer(model, tokenizer, tasks, folder, steps=steps, seed=seed)
-    stages = [measure("before", trainer, tokenizer, tasks, seed)]
-    start = time.perf_counter()
-    trainer.train()
-    seconds = time.perf_counter() - start
-    tokens = next(entry["num_tokens"] for entry in reversed(trainer.state.log_history) if "num_tokens" in entry)
-    stages.append(
-        measure("after SFT", trainer, tokenizer, tasks, seed, tokens_per_second=tokens / seconds, seconds=seconds)
-    )
-    trainer.save_model(folder)
-    trainer.save_state()
-    write_settings(folder, sft_settings(steps=steps, seed=seed))
-    write_stages(folder, stages, tasks)
+    judge = sft_trainer(model, tokenizer, tasks, sft, steps=steps, seed=seed)
+    stages = [measure("before", judge, tokenizer, tasks, seed)]
+    speed = train(judge, sft, sft_settings(steps=steps, seed=seed))
+    stages.append(measure("after SFT", judge, tokenizer, tasks, seed, **speed))
+    steps = max(steps // 3, 1)
+    trainer = dpo_trainer(judge.model, tokenizer, tasks, dpo, steps=steps, seed=seed)
+    speed = train(trainer, dpo, dpo_settings(steps=steps, seed=seed))
+    stages.append(measure("after DPO", judge, tokenizer, tasks, seed, **speed))
+    write_stages(dpo, stages, tasks)
     return stages
 
 
@@ -156,15 +206,18 @@ def main(arguments: list[str]) -> int:
     """Run the demo and say where model and report are."""
     parser = argparse.ArgumentParser(
         prog="fastalign demo",
-        description="Make a small model and a task with checkable answers, fine-tune it here (about a minute on two "
-        "CPU cores), compare before and after, and write a report.",
+        description="Make a small model and a task with checkable answers, fine-tune it here and teach it to prefer "
+        "right answers (a minute and a half on two CPU cores), compare the stages, and write a report.",
     )
     parser.add_argument(
         "--output_dir", default="demo_output", help="folder for model and report [default: demo_output]"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of model, data and order [default: 0]")
     parser.add_argument(
-        "--steps", type=int, default=STEPS, help=f"optimizer steps; fewer learn less [default: {STEPS}]"
+        "--steps",
+        type=int,
+        default=STEPS,
+        help=f"optimizer steps of fine-tuning; preferences get a third; fewer learn less [default: {STEPS}]",
     )
     options = parser.parse_args(arguments)
     if options.steps < 1:
@@ -175,11 +228,11 @@ def main(arguments: list[str]) -> int:
     stages = run_demo(options.output_dir, seed=options.seed, steps=options.steps)
     table = result_table(stages)
     report = write_report(
-        Path(options.output_dir, "sft"),
+        [Path(options.output_dir, name) for name in ("sft", "dpo")],
         Path(options.output_dir, "report.html"),
         title="fastalign demo: sorting digits",
     )
     print(f"\n{format_table(table['columns'], table['rows'])}\n")
-    print(f"Model:  {Path(options.output_dir, 'sft')} (load it with AutoModelForCausalLM.from_pretrained)")
+    print(f"Model:  {Path(options.output_dir, 'dpo')} (load it with AutoModelForCausalLM.from_pretrained)")
     print(f"Report: {report}")
     return 0

@@ -40,6 +40,19 @@ def noisy_rows(tasks: list[Task], noise: float, seed: int) -> dict[str, list[str
     return {"prompt": [task.prompt for task in tasks], "completion": completions}
 
 
+def preference_rows(tasks: list[Task], seed: int) -> dict[str, list[str]]:
+    """Columns `prompt`, `chosen` (the answer) and `rejected` (random digits that are not)."""
+    random = np.random.default_rng(seed)
+    drawn = random.integers(0, 10, (len(tasks), len(tasks[0].answer)))
+    spoilt = ["".join(map(str, digits)) for digits in drawn]
+    pairs = [(task, wrong) for task, wrong in zip(tasks, spoilt, strict=True) if wrong != task.answer]
+    return {
+        "prompt": [task.prompt for task, _ in pairs],
+        "chosen": [task.answer for task, _ in pairs],
+        "rejected": [wrong for _, wrong in pairs],
+    }
+
+
 def is_right(task: Task, completion: str) -> bool:
     """Whether the completion is the answer, exactly."""
     return completion.strip() == task.answer
