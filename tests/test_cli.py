@@ -164,7 +164,7 @@ def test_written_commands_and_examples_name_options_that_exist(monkeypatch):
 def test_bench_lists_scripts_and_refuses_others(capsys):
     assert main(["bench", "--list"]) == 0
     names = capsys.readouterr().out.split()
-    assert names == ["kernels", "layers", "attention", "data", "train"]
+    assert names == ["kernels", "layers", "attention", "data", "train", "preferences"]
     with pytest.raises(SystemExit) as stop:
         main(["bench", "kernles"])
     assert stop.value.code == 2 and "did you mean `kernels`" in capsys.readouterr().err
