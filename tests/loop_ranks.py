@@ -4,9 +4,12 @@ import json
 import sys
 
 import numpy as np
+import pair_runs
 import torch
+from tiny import tiny_model, tiny_tokenizer
 from tiny_training import history, make, tiny_rows
 
+import fastalign
 from fastalign.data.collate import TokenCollator
 from fastalign.loop import Trainer
 
@@ -30,6 +33,24 @@ def summary(prediction) -> dict:
     return {"rows": len(order), "labels": float((scored * order).sum()), "losses": float(prediction.losses.sum())}
 
 
+def predicted_answers(name: str, world: int) -> list:
+    """How many answers of 7 pairs `compute_metrics` gets, and the sums of their labels, in order of size."""
+    config, trainer = (getattr(fastalign, f"{name}{kind}") for kind in ("Config", "Trainer"))
+    made = trainer(
+        model=tiny_model(),
+        args=config("unused", **pair_runs.SETTINGS | {"per_device_eval_batch_size": 4 // world}),
+        train_dataset=pair_runs.pair_rows(),
+        processing_class=tiny_tokenizer(),
+        compute_metrics=summary_of_answers,
+    )
+    labels = made.predict(pair_runs.pair_rows().select(range(7))).label_ids
+    return [len(labels), sorted(np.where(labels == -100, 0, labels).sum(1).tolist())]
+
+
+def summary_of_answers(prediction) -> dict:
+    return {"rows": len(prediction.label_ids)}
+
+
 def run(world: int) -> dict:
     """Logs of training by four examples a micro-batch over all ranks, and what evaluation says."""
     common = {"per_device_train_batch_size": 4 // world, "ddp_find_unused_parameters": False, "train": tiny_rows(24)}
@@ -47,6 +68,7 @@ def run(world: int) -> dict:
     common["train"] = tiny_rows(24).to_iterable_dataset()
     trainer = make("ours", "unused", max_steps=4, **common)
     trainer.train()
+    found["answers"] = [predicted_answers(name, world) for name in ("DPO", "CPO")]
     return found | {"stream": history(trainer), "rank": trainer.rank}
 
 

@@ -45,5 +45,10 @@ def test_predictions_of_two_ranks_have_each_row_once(results):
     assert results[0]["predicted"] == results[1]["predicted"] == [7, 12, 331, 7]
 
 
+def test_predictions_of_two_ranks_have_each_answer_of_a_pair_once(results):
+    assert results[0]["answers"] == results[1]["answers"]
+    assert [number for number, _ in results[0]["answers"]] == [14, 14]
+
+
 def test_evaluation_ran(results):
     assert [entry["eval_rows"] for entry in results[0]["evaluated"] if "eval_rows" in entry] == [12, 12]

@@ -75,7 +75,8 @@ def evaluation_loop(trainer, loader, loss_only: bool | None, ignore_keys, prefix
             sums += torch.stack(
                 [loss.to(sums) * counts[trainer.rank], torch.ones_like(sums[0]) * counts[trainer.rank]]
             )
-        kept.add(loss, logits, labels, inputs, counts, last)
+        held = _held(loader, counts)
+        kept.add(loss, logits, labels, inputs, counts, held, last)
         if args.eval_accumulation_steps and (number + 1) % args.eval_accumulation_steps == 0:
             kept.to_cpu()
         trainer.control = trainer.callback_handler.on_prediction_step(args, trainer.state, trainer.control)
@@ -136,6 +137,12 @@ def _examples_per_rank(trainer, loader, number: int, inputs: Any) -> list[int]:
     return [size or trainer.args.eval_batch_size] * trainer.world
 
 
+def _held(loader, counts: list[int]) -> int:
+    """How many examples each rank's batch has, those that only fill it up included."""
+    sampler = getattr(loader, "batch_sampler", None)
+    return sampler.batch_size if isinstance(sampler, StepSampler) and sampler.world > 1 else max(counts)
+
+
 def predict_batch(trainer, model, inputs: Any, loss_only: bool, ignore_keys=None):
     """(loss, logits, labels) of one batch, each None where there is none; logits (B, L, V) of token batches."""
     inputs = trainer._prepare_inputs(inputs)
@@ -188,17 +195,20 @@ class _Kept:
         self.in_batches = trainer.args.batch_eval_metrics and trainer.compute_metrics is not None
         self.of_batches: dict[str, float] = {}
 
-    def add(self, loss, logits, labels, inputs: Any, counts: list[int], last: bool) -> None:
-        """Take over one batch; with `batch_eval_metrics` hand it to `compute_metrics` at once."""
+    def add(self, loss, logits, labels, inputs: Any, counts: list[int], held: int, last: bool) -> None:
+        """Take over one batch; with `batch_eval_metrics` hand it to `compute_metrics` at once.
+
+        Each rank's batch has `held` examples, of which the first `counts[rank]` are no repetitions.
+        """
         if logits is None and not self.wanted:
             return
         flat = isinstance(inputs, TokenBatch) and not inputs.is_padded
-        rows = None if flat else sum(counts)
+        rows = None if flat else (counts, held)
         name = getattr(self.trainer.model, "main_input_name", "input_ids")
         given = inputs.input_ids if isinstance(inputs, TokenBatch) else inputs.get(name)
         values = {"labels": self._pad(labels), "logits": self._pad(logits)}
         if "loss" in self.wanted and loss is not None:
-            values["loss"] = loss.repeat(max(counts))
+            values["loss"] = loss.repeat(held)
         if "inputs" in self.wanted:
             values["inputs"] = self._pad(given)
         if logits is not None and self.trainer.preprocess_logits_for_metrics is not None:
@@ -217,11 +227,12 @@ class _Kept:
         value = self.trainer._prepare_inputs(value)
         return self.trainer.accelerator.pad_across_processes(value, dim=1, pad_index=-100)
 
-    def _gather(self, value, rows: int | None):
+    def _gather(self, value, rows: tuple[list[int], int] | None):
         if value is None or self.trainer.world == 1:
             return value
         value = self.trainer.accelerator.gather(value)
-        return value if rows is None else _first_rows(value, rows)
+        by_answer = getattr(self.trainer, "predicts_answer_by_answer", False)
+        return value if rows is None else _without_repeated(value, *rows, by_answer)
 
     def to_cpu(self) -> None:
         """Move what is kept to the host."""
@@ -256,10 +267,21 @@ def _plain(metrics: dict) -> dict[str, Any]:
     return dict(denumpify_detensorize(metrics))  # pyright: ignore
 
 
-def _first_rows(value, rows: int):
-    if isinstance(value, Tensor):
-        return value[:rows]
-    return type(value)(_first_rows(part, rows) for part in value)
+def _without_repeated(value, counts: list[int], held: int, by_answer: bool):
+    """The rows of the first `counts[r]` of each rank's `held` examples, K rows each.
+
+    They lie one example after the other; `by_answer`: the first rows of all examples of a rank, then the second ones.
+    Values that have no rows for each example are left as they are.
+    """
+    if not isinstance(value, Tensor):
+        return type(value)(_without_repeated(part, counts, held, by_answer) for part in value)
+    if value.shape[0] % (len(counts) * held):
+        return value
+    parts = []
+    for count, part in zip(counts, value.chunk(len(counts)), strict=True):
+        first = part.unflatten(0, (-1, held))[:, :count] if by_answer else part.unflatten(0, (held, -1))[:count]
+        parts.append(first.flatten(0, 1))
+    return torch.cat(parts)
 
 
 def note_best(args, state, metrics: dict[str, float]) -> bool:

@@ -89,6 +89,7 @@ class DPOTrainer(GivenDataTrainer):
 
     config_class = DPOConfig
     loss_is_normalized = False
+    predicts_answer_by_answer = True
     _name = "DPO"
     _tag_names = ["fastalign", "dpo"]
     args: DPOConfig
