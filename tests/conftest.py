@@ -1,11 +1,17 @@
-"""What every test runs under: no network, fixed seeds, passive threads."""
+"""What every test runs under: no network, fixed seeds, passive threads, caches of its own."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+if "HF_DATASETS_CACHE" not in os.environ:  # nothing of a user's caches is read or written
+    os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="fastalign_tests_")
+    atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 import pytest
 import torch
