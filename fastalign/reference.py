@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import logging
 import os
 from collections.abc import Iterator
@@ -34,7 +35,8 @@ from .policy import prepare_policy, token_stats
 
 logger = logging.getLogger(__name__)
 REF_ADAPTER = "ref"
-CACHE_LAYOUT = 1  # counted up when the same model and data give other numbers
+CACHE_LAYOUT = 2  # counted up when the same model and data give other numbers
+LEFT_OUT = ("_name_or_path", "base_model_name_or_path", "use_cache", "transformers_version")  # say nothing of numbers
 
 
 @dataclass
@@ -120,8 +122,7 @@ class Reference:
             source = "policy"  # it is still what training starts from
         elif source == "model":
             own = _resolve(trainer, ref_model, quantization_config)
-        skip = tuple(f".{name}" for name in model.peft_config) if source == "adapter_off" else ()
-        content = content_hash(model if own is None else own, skip) if cached else ""
+        content = _content(model if own is None else own, source) if cached else ""
         reference = cls(trainer, source, None if own is None else _prepared(trainer, own), columns, content)
         if args.sync_ref_model:
             trainer.add_callback(SyncRefModelCallback(reference.model, trainer.accelerator))
@@ -190,7 +191,8 @@ class Reference:
             )
         file = self._file(dataset)
         values = np.load(file) if file.is_file() else None
-        if values is None or values.shape != (len(dataset), len(self.columns)):
+        known = values is not None and values.shape == (len(dataset), len(self.columns))
+        if not self._on_all_ranks(known) or values is None:
             values = self._compute(dataset, name)
             self._write(file, values)
         for column, logps in zip(self.columns, values.T, strict=True):
@@ -198,19 +200,26 @@ class Reference:
             dataset = dataset.add_column(column, logps)  # pyright: ignore
         return dataset
 
+    def _on_all_ranks(self, known: bool) -> bool:
+        """Whether every rank knows: machines may have caches of their own, and all ranks must compute together."""
+        trainer = self.trainer
+        if trainer.world == 1:
+            return known
+        return int(trainer._sum_over_ranks(torch.full((1,), int(known), device=trainer.args.device))) == trainer.world
+
     def _file(self, dataset: Dataset) -> Path:
         """Where these rows' log-probabilities under this model and these settings are kept."""
         args = self.trainer.args
-        names = ("mixed_precision", "ld_alpha", "max_length", "truncation_mode")
+        names = ("mixed_precision", "fp8", "ld_alpha", "max_length", "truncation_mode")
         settings = (CACHE_LAYOUT, self._source, self.columns, *(getattr(args, name, None) for name in names))
         key = hashlib.sha256(repr((dataset._fingerprint, self._content, settings)).encode()).hexdigest()[:32]
         return Path(HF_DATASETS_CACHE) / "fastalign_reference" / f"{key}.npy"
 
     def _write(self, file: Path, values: np.ndarray) -> None:
-        if not (is_caching_enabled() and self.trainer.accelerator.is_main_process):
+        if not (is_caching_enabled() and self.trainer.accelerator.is_local_main_process):
             return
         file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{os.getpid()}")
+        part = file.with_suffix(f".{self.trainer.rank}-{os.getpid()}")
         with part.open("wb") as stream:
             np.save(stream, values)
         os.replace(part, file)
@@ -247,6 +256,16 @@ def answer_logps(batch: TokenBatch, logp: Tensor, ld_alpha: float | None = None)
     if ld_alpha is not None:
         answers.fade_tails(ld_alpha)
     return answers.logps(logp, slice(None), slice(None), False)
+
+
+def _content(model: Any, source: str) -> str:
+    """Digest of what the log-probabilities of `model` depend on: its weights and config, those of its adapters."""
+    adapters = getattr(model, "peft_config", {})
+    skip = tuple(f".{name}" for name in adapters) if source == "adapter_off" else ()
+    configs = [model.config] if source == "adapter_off" else [model.config, *(adapters[n] for n in sorted(adapters))]
+    kept = [{k: v for k, v in c.to_dict().items() if k not in LEFT_OUT} for c in configs if hasattr(c, "to_dict")]
+    said = json.dumps(kept, sort_keys=True, default=lambda v: sorted(v) if isinstance(v, set) else str(v))
+    return hashlib.sha256(f"{content_hash(model, skip)} {said}".encode()).hexdigest()
 
 
 def _copy_adapter(model: Any) -> None:

@@ -164,6 +164,33 @@ def test_the_cache_is_found_again_and_follows_weights_data_and_settings(tmp_path
     assert len(computed) == 6
 
 
+def test_the_cache_follows_what_weights_do_not_say(tmp_path, cache):
+    peft = pytest.importorskip("peft")
+
+    def columns(model, **options) -> list[float]:
+        trainer = make(tmp_path, model=model, precompute_ref_log_probs=True, **options)
+        return trainer.train_dataset["ref_chosen_logps"][:]
+
+    def adapted(lora_alpha: int):
+        config = _lora(init_lora_weights=False)
+        config.lora_alpha = lora_alpha
+        torch.manual_seed(0)
+        return peft.get_peft_model(tiny_model(), config)
+
+    other = tiny_model(rms_norm_eps=0.1)
+    other.load_state_dict(tiny_model().state_dict())
+    assert columns(tiny_model()) != columns(other)
+    assert columns(adapted(8)) != columns(adapted(64))
+    assert len(list(cache.rglob("*.npy"))) == 4
+    assert columns(adapted(8)) == columns(adapted(8)) and len(list(cache.rglob("*.npy"))) == 4
+    files = set()
+    for fp8 in (False, True):
+        trainer = make(tmp_path)
+        trainer.args.fp8 = fp8
+        files.add(trainer.reference._file(trainer.train_dataset))
+    assert len(files) == 2
+
+
 def test_given_columns_are_taken_as_they_are(tmp_path):
     data = pairs().add_column("ref_chosen_logps", [-2.0] * 16).add_column("ref_rejected_logps", [-3.0] * 16)
     trainer = make(tmp_path, data, precompute_ref_log_probs=True)
