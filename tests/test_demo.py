@@ -81,12 +81,17 @@ def test_short_demo_learns_and_leaves_a_model_that_loads(tmp_path, monkeypatch, 
     assert losses[1] < 0.5 < 2 < losses[0] and losses[2] < losses[1]
     assert str(tmp_path / "report.html") in out and "accuracy, greedy" in out
     page = (tmp_path / "report.html").read_text()
-    assert "after DPO" in page and "rewards/margins" in page and "<h2>Health</h2>" in page and "data-lines" in page
+    assert (
+        "sampled after DPO" in page
+        and "rewards/margins" in page
+        and "<h2>Health</h2>" in page
+        and "data-lines" in page
+    )
     samples = [json.loads(line) for line in (tmp_path / "dpo" / "samples.jsonl").read_text().splitlines()]
     assert all(s["correct"] == (s["completion"] == s["expected"]) for s in samples)
-    for name, stage in {"sft": "after SFT", "dpo": "after DPO"}.items():
+    tasks = sort_tasks(64, 3, seed=0)
+    for name in ("sft", "dpo"):
         model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / name)
-        shown = [s for s in samples if s["stage"] == stage]
-        again = complete(model, tokenizer, [s["prompt"] for s in shown], max_new_tokens=5)
-        assert again == [s["completion"] for s in shown]
+        shown = [s["completion"] for s in samples if s["stage"] == f"sampled after {name.upper()}"]
+        assert len(shown) == 24 and score(model, tokenizer, tasks, seed=0).completions[:24] == shown

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from datasets import Dataset
 
@@ -22,7 +24,9 @@ def examine(dataset, max_length: int | None = None) -> dict[str, float]:
     if not (pairs <= names or judged <= names) or not len(dataset):
         return {}
     keys, opposites, num_cut = [], [], 0
-    for table in dataset.select_columns(sorted(pairs if pairs <= names else judged)).with_format("arrow").iter(ROWS):
+    arrow = dataset.select_columns(sorted(pairs if pairs <= names else judged)).with_format("arrow")
+    table: Any  # pa.Table
+    for table in arrow.iter(ROWS):
         rows = {name: read_rows(name, table[name]) for name in table.column_names if name != "label"}
         hashes = {name: _hashes(column) for name, column in rows.items()}
         prompt = rows.pop("prompt_ids").lengths

@@ -14,7 +14,7 @@ from .task import Task, is_right
 
 @dataclass
 class Score:
-    """Shares of right answers, between 0 and 1, and the greedy answers themselves."""
+    """Shares of right answers, between 0 and 1, and the sampled answers themselves."""
 
     greedy: float
     sampled: float  # one sample per task, temperature 1
@@ -51,7 +51,7 @@ def score(model, tokenizer, tasks: list[Task], *, seed: int) -> Score:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         sampled = complete(model, tokenizer, prompts, max_new_tokens=longest, sample=True)
-    return Score(_share(tasks, greedy), _share(tasks, sampled), greedy)
+    return Score(_share(tasks, greedy), _share(tasks, sampled), sampled)
 
 
 def _share(tasks: list[Task], completions: list[str]) -> float:

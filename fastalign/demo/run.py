@@ -10,7 +10,7 @@ from pathlib import Path
 
 NUM_DIGITS, NOISE = 6, 0.5
 STEPS, BATCH = 120, 256
-PAIR_BATCH = 128  # pairs of a step of the preference stage, which has a third of the steps
+PAIR_BATCH = 128  # pairs of a step of the preference stage, which has half of the steps
 NUM_HELD_OUT, NUM_SHOWN = 512, 24
 
 
@@ -146,13 +146,13 @@ def run_demo(output_dir: str, *, seed: int = 0, steps: int = STEPS) -> list[Stag
     print(
         f"Task: sort {NUM_DIGITS} digits. Model: Qwen2 from random weights, {model.num_parameters():,} parameters, "
         f"{len(tokenizer)} characters. {steps} steps of {BATCH} examples, of which {NOISE:.0%} are wrong on purpose;\n"
-        f"then {steps // 3} steps of {PAIR_BATCH} pairs, in which the right answer is preferred to a wrong one.\n"
+        f"then {steps // 2} steps of {PAIR_BATCH} pairs, in which the right answer is preferred to a wrong one.\n"
     )
     judge = sft_trainer(model, tokenizer, tasks, sft, steps=steps, seed=seed)
     stages = [measure("before", judge, tokenizer, tasks, seed)]
     speed = train(judge, sft, sft_settings(steps=steps, seed=seed))
     stages.append(measure("after SFT", judge, tokenizer, tasks, seed, **speed))
-    steps = max(steps // 3, 1)
+    steps = max(steps // 2, 1)
     trainer = dpo_trainer(judge.model, tokenizer, tasks, dpo, steps=steps, seed=seed)
     speed = train(trainer, dpo, dpo_settings(steps=steps, seed=seed))
     stages.append(measure("after DPO", judge, tokenizer, tasks, seed, **speed))
@@ -168,7 +168,12 @@ def write_stages(folder: str, stages: list[Stage], tasks) -> None:
     with Path(folder, "samples.jsonl").open("w", encoding="utf-8") as file:
         for stage in stages:
             for task, completion in list(zip(tasks, stage.completions, strict=True))[:NUM_SHOWN]:
-                line = {"stage": stage.name, "prompt": task.prompt, "completion": completion, "expected": task.answer}
+                line = {
+                    "stage": f"sampled {stage.name}",
+                    "prompt": task.prompt,
+                    "completion": completion,
+                    "expected": task.answer,
+                }
                 file.write(json.dumps(line | {"correct": is_right(task, completion)}) + "\n")
 
 
@@ -217,7 +222,7 @@ def main(arguments: list[str]) -> int:
         "--steps",
         type=int,
         default=STEPS,
-        help=f"optimizer steps of fine-tuning; preferences get a third; fewer learn less [default: {STEPS}]",
+        help=f"optimizer steps of fine-tuning; preferences get half of them; fewer learn less [default: {STEPS}]",
     )
     options = parser.parse_args(arguments)
     if options.steps < 1:

@@ -13,7 +13,8 @@ from ..findings import FINDINGS, PREFIX
 
 SAMPLES, RESULTS, SETTINGS, STATE = "samples.jsonl", "results.json", "run.yaml", "trainer_state.json"
 NOT_CURVES = re.compile(
-    r"health/.*|epoch|step|total_flos|train_.*|(.*_)?(num_tokens|num_input_tokens_seen)|.*_(runtime|per_second)"
+    r"health/.*|epoch|step|total_flos|train_.*|(.*_)?(num_tokens|num_input_tokens_seen)"
+    r"|.*_(runtime|per_second|preparation_time)"
 )
 
 
