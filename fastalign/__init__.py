@@ -26,7 +26,7 @@ _PUBLIC = {  # public name -> module that defines it; imported on first use, so 
     "SFTConfig": "fastalign.trainers.sft",
     "SFTTrainer": "fastalign.trainers.sft",
     "ScriptArguments": "fastalign.cli.arguments",
-    "SyncRefModelCallback": "fastalign.reference",
+    "SyncRefModelCallback": "fastalign.bema",
     "TPOConfig": "fastalign.trainers.tpo",
     "TPOTrainer": "fastalign.trainers.tpo",
     "TrlParser": "fastalign.cli.parser",

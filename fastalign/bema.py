@@ -1,4 +1,4 @@
-"""A moving average of the trained weights without the lag of averages (BEMA), which may become the reference."""
+"""Callbacks that move the reference: towards the policy, or to an average of its weights without lag (BEMA)."""
 
 from __future__ import annotations
 
@@ -7,14 +7,60 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from .loop.weights import whole
+from .loop.weights import like, whole
 from .policy import unwrap
 
 logger = logging.getLogger(__name__)
+
+
+class SyncRefModelCallback(TrainerCallback):
+    """TR-DPO, arXiv:2404.09656: every `ref_model_sync_steps` the reference moves towards the policy.
+
+    reference <- alpha * policy + (1 - alpha) * reference with alpha = `ref_model_mixup_alpha`.
+    """
+
+    def __init__(self, ref_model: nn.Module | None, accelerator):
+        self.ref_model, self.accelerator = ref_model, accelerator
+
+    @staticmethod
+    @torch.no_grad()
+    def sync_target_model(model: nn.Module, target_model: nn.Module, alpha: float) -> None:
+        """Move the parameters of `target_model` towards those of `model`; both in the same order, any types."""
+        for target, source in zip(_parameters(target_model).values(), model.parameters(), strict=True):
+            target.mul_(1.0 - alpha).add_(source.to(target.dtype), alpha=alpha)
+
+    def on_step_end(self, args, state, control, model: Any = None, **kwargs):
+        """Called by the loop."""
+        if self.ref_model is not None and state.global_step % args.ref_model_sync_steps == 0:
+            inner = self.accelerator.unwrap_model(model) if self.accelerator else model
+            self.sync_target_model(inner, self.ref_model, args.ref_model_mixup_alpha)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps: the reference's weights."""
+        return {} if self.ref_model is None else _parameters(self.ref_model)
+
+    def load_tensors(self, state: dict[str, Tensor]) -> None:
+        """Continue with the reference of a checkpoint."""
+        _copy(state, self.tensors())
+
+
+def _parameters(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters by name, spread over ranks where they are sharded."""
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()  # a forward without backward leaves the outermost weights gathered
+    return {name: parameter.detach() for name, parameter in unwrap(model).named_parameters()}
+
+
+def _copy(state: dict[str, Tensor], into: dict[str, Tensor]) -> None:
+    """Whole tensors into tensors of the same names, which may be spread over ranks."""
+    for name, target in into.items():
+        target.copy_(like(state[name].to(target.dtype), target))
 
 
 class BEMACallback(TrainerCallback):
@@ -55,6 +101,7 @@ class BEMACallback(TrainerCallback):
         self._start: dict[str, Tensor] = {}  # theta_0
         self._ema: dict[str, Tensor] = {}
         self.weights: dict[str, Tensor] = {}  # the bias-corrected average, by name of parameter
+        self._loaded: dict[str, Tensor] = {}  # what a checkpoint had of all three
 
     def on_train_begin(self, args, state, control, model: Any = None, **kwargs):
         """Take the weights that training starts from."""
@@ -64,6 +111,26 @@ class BEMACallback(TrainerCallback):
                 "`precompute_ref_log_probs` have none. Set it to False, or pass a `ref_model`."
             )
         self._restart(model)
+        if self._loaded:
+            _copy(self._loaded, self._averages())
+            self._loaded = {}
+
+    def _averages(self) -> dict[str, Tensor]:
+        kinds = {"start": self._start, "ema": self._ema, "weights": self.weights}
+        return {f"{kind} {name}": value for kind, values in kinds.items() for name, value in values.items()}
+
+    def _reference(self) -> dict[str, Tensor]:
+        moved = self.update_ref_model and self.ref_model is not None
+        return {f"reference {name}": value for name, value in _parameters(self.ref_model).items()} if moved else {}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps: the averages, and the reference that they may have become."""
+        return self._averages() | self._reference()
+
+    def load_tensors(self, state: dict[str, Tensor]) -> None:
+        """Continue with the reference of a checkpoint, and when training begins with its averages."""
+        self._loaded = dict(state)
+        _copy(state, self._reference())
 
     def _current(self, model) -> dict[str, Tensor]:
         trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
@@ -94,7 +161,7 @@ class BEMACallback(TrainerCallback):
 
     @torch.no_grad()
     def _give_to_reference(self) -> None:
-        for name, parameter in unwrap(self.ref_model).named_parameters():
+        for name, parameter in _parameters(self.ref_model).items():
             if name in self.weights:
                 parameter.copy_(self.weights[name])
 

@@ -19,11 +19,10 @@ from datasets import Dataset, IterableDataset, is_caching_enabled
 from datasets.config import HF_DATASETS_CACHE
 from fastalign_kernels.head.answers import Answers
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
-from transformers import TrainerCallback
 
 from .adapters import is_peft_model
+from .bema import SyncRefModelCallback
 from .config import arg
 from .data.batch import TokenBatch
 from .loop.batching import batches_by_length, readable_rows
@@ -368,29 +367,3 @@ def _adapter(model: Any, mode: str) -> Iterator[None]:
             model.set_adapter(trained)
     else:
         yield
-
-
-class SyncRefModelCallback(TrainerCallback):
-    """TR-DPO, arXiv:2404.09656: every `ref_model_sync_steps` the reference moves towards the policy.
-
-    reference <- alpha * policy + (1 - alpha) * reference with alpha = `ref_model_mixup_alpha`.
-    """
-
-    def __init__(self, ref_model: nn.Module | None, accelerator):
-        self.ref_model, self.accelerator = ref_model, accelerator
-
-    @staticmethod
-    @torch.no_grad()
-    def sync_target_model(model: nn.Module, target_model: nn.Module, alpha: float) -> None:
-        """Move the parameters of `target_model` towards those of `model`; both in the same order, any types."""
-        for part in target_model.modules():
-            if isinstance(part, FSDPModule):
-                part.reshard()  # a forward without backward leaves the outermost weights gathered
-        for target, source in zip(target_model.parameters(), model.parameters(), strict=True):
-            target.mul_(1.0 - alpha).add_(source.to(target.dtype), alpha=alpha)
-
-    def on_step_end(self, args, state, control, model: Any = None, **kwargs):
-        """Called by the loop."""
-        if self.ref_model is not None and state.global_step % args.ref_model_sync_steps == 0:
-            inner = self.accelerator.unwrap_model(model) if self.accelerator else model
-            self.sync_target_model(inner, self.ref_model, args.ref_model_mixup_alpha)

@@ -274,6 +274,24 @@ def test_bema_equals_trl_and_becomes_the_reference(tmp_path):
         torch.testing.assert_close(value, ours.weights[name])
 
 
+@pytest.mark.parametrize("kind", ["sync", "bema"])
+def test_a_resumed_run_continues_with_the_reference_that_has_moved(tmp_path, kind):
+    def begun(folder):
+        bema = BEMACallback(update_freq=1, update_ref_model=True, ref_model_update_freq=2)
+        moved = {"sync_ref_model": True, "ref_model_sync_steps": 2} if kind == "sync" else {"callbacks": [bema]}
+        options = {"max_steps": 5, "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 3} | moved
+        return make(tmp_path / folder, **options), bema
+
+    whole, averaged = begun("whole")
+    whole.train()
+    resumed, averaged_later = begun("resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert torch.equal(losses(resumed)[-2:], losses(whole)[-2:])
+    assert same(weights(resumed.model), weights(whole.model)) and same(averaged.weights, averaged_later.weights)
+    assert same(weights(resumed.ref_model), weights(whole.ref_model))
+    assert not same(weights(whole.ref_model), weights(tiny_model()))
+
+
 def test_bema_without_a_second_model_cannot_move_the_reference(tmp_path):
     callback = BEMACallback(update_ref_model=True)
     with pytest.raises(ValueError, match="needs a trainer with a reference model of its own"):

@@ -30,11 +30,12 @@ from .checkpoint_files import (
     read_manifest,
     rotate,
 )
-from .weights import load_optimizer_state, model_state, optimizer_state, read_model, write_model
+from .weights import load_optimizer_state, model_state, optimizer_state, read_model, whole, write_model
 
 logger = logging.getLogger(__name__)
 
 LOOP_STATE_NAME = "fastalign_state.pt"  # what the trainer's `state_dict()` holds, per rank
+CALLBACKS_NAME = "fastalign_callbacks.pt"  # the tensors of callbacks that have any
 
 
 # Saving
@@ -91,6 +92,10 @@ def _collect(trainer) -> dict[str, Any]:
     parts["optimizer"] = optimizer_state(trainer.optimizer, keep)
     parts["rng"] = _gather(_rng_state())
     parts["loop"] = _gather(trainer.state_dict())
+    parts["callbacks"] = {
+        key: {name: whole(tensor, keep) for name, tensor in callback.tensors().items()}
+        for key, callback in _tensor_holders(trainer).items()
+    }
     return parts
 
 
@@ -110,6 +115,8 @@ def _write_training_state(trainer, folder: Path, parts: dict[str, Any]) -> None:
     for rank, rng in enumerate(parts["rng"]):
         torch.save(rng, folder / (f"rng_state_{rank}.pth" if len(parts["rng"]) > 1 else "rng_state.pth"))
     torch.save(parts["loop"], folder / LOOP_STATE_NAME)
+    if parts["callbacks"]:
+        torch.save(parts["callbacks"], folder / CALLBACKS_NAME)
 
 
 def _state_to_save(trainer, final: Path) -> TrainerState:
@@ -130,6 +137,12 @@ def _exportable(trainer) -> list[ExportableState]:
     return [c for c in (*trainer.callback_handler.callbacks, trainer.control) if isinstance(c, ExportableState)]
 
 
+def _tensor_holders(trainer) -> dict[str, Any]:
+    """Callbacks with `tensors()`, whole or spread over ranks, and `load_tensors(state)`, by name and place."""
+    holders = [c for c in trainer.callback_handler.callbacks if hasattr(c, "tensors") and hasattr(c, "load_tensors")]
+    return {f"{type(callback).__name__} {i}": callback for i, callback in enumerate(holders)}
+
+
 def _num_bytes(trainer, parts: dict[str, Any]) -> int:
     """Size of the tensors to be written, bytes."""
     states = (parts.get("optimizer") or {"state": {}})["state"]
@@ -139,6 +152,7 @@ def _num_bytes(trainer, parts: dict[str, Any]) -> int:
         tensors += [p for p in trainer.model.parameters() if p.requires_grad or not is_adapter]
     else:
         tensors += list(parts["model"].values())
+    tensors += [tensor for values in (parts.get("callbacks") or {}).values() for tensor in values.values()]
     return sum(t.nbytes for t in tensors if isinstance(t, Tensor))
 
 
@@ -212,6 +226,7 @@ def load_checkpoint(trainer, path: str | os.PathLike) -> None:
     if trainer.args.restore_callback_states_from_checkpoint:
         _restore_callbacks(trainer)
     _load_loop_state(trainer, path)
+    _load_callback_tensors(trainer, path)
     load_rng_state(trainer, path)
 
 
@@ -279,6 +294,15 @@ def _load_loop_state(trainer, path: Path) -> None:
     else:
         before = f"{path} was written by {len(states)} processes, now there are {_world()}"
         logger.warning("%s: sums of the current logging window start anew.", before)
+
+
+def _load_callback_tensors(trainer, path: Path) -> None:
+    states = _load(path / CALLBACKS_NAME) if (path / CALLBACKS_NAME).is_file() else {}
+    for key, callback in _tensor_holders(trainer).items():
+        if key in states:
+            callback.load_tensors(states[key])
+        else:
+            logger.warning("%s has no tensors of %s, which starts anew.", path, key)
 
 
 # Random states
