@@ -73,17 +73,30 @@ def sharing(trainer, dataset, answers: tuple[str, ...]) -> bool | str:
         return bool(wish)
     if trainer.args.token_budget is None:
         return "auto"
-    lengths = [group_lengths(dataset, answers, flat=True, share=share).sum() for share in (False, True)]
+    limits = trainer.args if isinstance(trainer.args, LengthArgs) else None
+    lengths = [group_lengths(dataset, answers, flat=True, share=x, limits=limits).sum() for x in (False, True)]
     return bool(lengths[0] > SHARE_GAIN * lengths[1])
 
 
-def group_lengths(dataset, answers: tuple[str, ...], *, flat: bool, share: bool | str) -> np.ndarray:
-    """(rows,) int64: tokens that a row takes in a batch, padded ones as wide as their longest answer."""
+def group_lengths(
+    dataset, answers: tuple[str, ...], *, flat: bool, share: bool | str, limits: LengthArgs | None = None
+) -> np.ndarray:
+    """(rows,) int64: tokens that a row takes in a batch, padded ones as wide as their longest answer.
+
+    Of sequences longer than `limits` allow, what the collator leaves of them counts.
+    """
     prompts = list_lengths(dataset, "prompt_ids")
-    lengths = np.stack([list_lengths(dataset, f"{name}_ids") for name in answers], 1)
+    totals = prompts[:, None] + np.stack([list_lengths(dataset, f"{name}_ids") for name in answers], 1)
+    shared = prompts * (share is True)
+    if limits is not None and limits.max_length is not None:
+        over = np.maximum(totals - limits.max_length, 0)
+        totals = totals - over
+        if limits.truncation_mode == "keep_end":  # cuts prompts, and shares those that it leaves equal
+            shared = np.where((over == over[:, :1]).all(1), np.maximum(shared - over[:, 0], 0), 0)
+    shared = np.where((totals > shared[:, None]).all(1), shared, 0)  # an answer without tokens shares nothing
     if not flat:
-        return len(answers) * (prompts + lengths.max(1, initial=0))
-    return prompts * (1 if share is True else len(answers)) + lengths.sum(1)
+        return len(answers) * totals.max(1, initial=0)
+    return totals.sum(1) - (len(answers) - 1) * shared
 
 
 class PairAdapter:

@@ -97,7 +97,7 @@ def answer_lengths(trainer: Any, dataset: Any, answers: tuple[str, ...]) -> np.n
     if (name := trainer.args.length_column_name) in dataset.column_names:
         return np.asarray(dataset[name], dtype=np.int64)
     share = getattr(trainer.data_collator, "share", False)
-    return group_lengths(dataset, answers, flat=trainer.policy.flat, share=share)
+    return group_lengths(dataset, answers, flat=trainer.policy.flat, share=share, limits=trainer.args)
 
 
 def answer_step(

@@ -66,7 +66,7 @@ def judged_collator(trainer: Any, **options: Any) -> JudgedCollator:
 def judged_lengths(trainer: Any, dataset: Any) -> np.ndarray:
     """Tokens that each row takes in a batch, (rows,) int64."""
     share = getattr(trainer.data_collator, "share", False)
-    return group_lengths(dataset, trainer.answers, flat=trainer.policy.flat, share=share)
+    return group_lengths(dataset, trainer.answers, flat=trainer.policy.flat, share=share, limits=trainer.args)
 
 
 class JudgedCollator(UnpairedCollator):

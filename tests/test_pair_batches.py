@@ -6,8 +6,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from datasets import Dataset
 
+from fastalign import DPOConfig
 from fastalign.data.pair_batches import AnswerCollator, UnpairedCollator
+from fastalign.pairs import group_lengths
 
 PAIRS = [
     {"prompt_ids": [1, 2, 3], "chosen_ids": [4, 5], "rejected_ids": [6], "margin": 0.5},
@@ -203,3 +206,16 @@ def test_errors_name_what_is_wrong():
         collator()([PAIRS[0], {"chosen_ids": [2], "rejected_ids": [3]}])
     with pytest.raises(ValueError, match=r"Column `margin` must hold one number per row"):
         collator()([{**PAIRS[0], "margin": "much"}])
+
+
+@pytest.mark.parametrize(("flat", "share"), [(True, True), (True, False), (False, False)])
+@pytest.mark.parametrize("truncation_mode", ["keep_start", "keep_end"])
+@pytest.mark.filterwarnings("ignore:.*keep_end")
+def test_lengths_of_rows_are_what_the_collator_makes_of_them(flat, share, truncation_mode):
+    rows = [row for row in random_rows(80, seed=3) if row["prompt_ids"] or all(row[f"{a}_ids"] for a in BOTH)]
+    for max_length in (None, 4, 9):
+        limits = DPOConfig("unused", use_cpu=True, max_length=max_length, truncation_mode=truncation_mode)
+        collate = collator(flat=flat, share=share, max_length=max_length, truncation_mode=truncation_mode)
+        expected = [collate([row]).input_ids.numel() for row in rows]
+        found = group_lengths(Dataset.from_list(rows), BOTH, flat=flat, share=share, limits=limits)
+        assert found.tolist() == expected

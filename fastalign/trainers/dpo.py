@@ -183,7 +183,7 @@ class DPOTrainer(GivenDataTrainer):
         if self.args.length_column_name in dataset.column_names:
             return super().example_lengths(dataset)
         share = getattr(self.data_collator, "share", False)
-        return group_lengths(dataset, ANSWERS, flat=self.policy.flat, share=share)
+        return group_lengths(dataset, ANSWERS, flat=self.policy.flat, share=share, limits=self.args)
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
