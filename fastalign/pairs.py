@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .config import arg
 from .config_groups import LengthArgs, ModelArgs
+from .data.bad_rows import RULES
 from .data.batch import TokenBatch
 from .data.dict_batches import token_batch
 from .data.pair_batches import SHARE_GAIN
@@ -30,6 +31,12 @@ class AnswerArgs:
     disable_dropout: bool = arg(True, "Switch dropout off in the policy and in the reference.")
     share_prefix: bool | None = arg(
         None, "Compute a prompt once for all answers to it; unset: where that saves 15% of the tokens."
+    )
+    bad_rows: str = arg(
+        "keep",
+        "Rows whose answers are equal or say nothing: keep (and name them in the log), drop, or error. Rows that "
+        "cannot be used (a value is missing, the prompt fills max_length) are dropped, or an error.",
+        choices=[*RULES],
     )
 
 

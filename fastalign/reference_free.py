@@ -72,6 +72,7 @@ def prepare_answers(trainer: Any, dataset: Any, name: str, answers: tuple[str, .
         bos_and_eos=bos_and_eos,
         num_proc=args.dataset_num_proc,
         name=name,
+        bad_rows=args.bad_rows,
     )
 
 

@@ -44,6 +44,7 @@ def prepare_judged(trainer: Any, dataset: Any, name: str) -> Any:
     """Raw rows -> `prompt_ids`, `completion_ids`, `label`."""
     args, processing_class = trainer.args, trainer.loaded.processing_class
     options = {"max_length": args.max_length, "num_proc": args.dataset_num_proc, "name": name}
+    options["bad_rows"] = args.bad_rows
     return prepare_unpaired_dataset(dataset, processing_class, **options)
 
 

@@ -8,8 +8,10 @@ from types import SimpleNamespace
 import pytest
 from datasets import Dataset, concatenate_datasets
 from test_tokenize import PROMPTS, TOOL_TEMPLATE, TOOLS, WORDS, assistant, tokenizer_of, user
-from transformers import ProcessorMixin
+from tiny import tiny_model, tiny_tokenizer
+from transformers import LlamaForSequenceClassification, ProcessorMixin
 
+import fastalign
 from fastalign.data.pair_batches import AnswerCollator, UnpairedCollator
 from fastalign.data.preferences import (
     prepare_preference_dataset,
@@ -346,3 +348,23 @@ def test_cache_follows_what_decides_the_ids():
         prepare_reward_dataset(data, tokenizer, max_length=50),
     ]
     assert len({made._fingerprint, *(other._fingerprint for other in others)}) == 7
+
+
+@pytest.mark.parametrize("name", ["DPO", "CPO", "KTO", "Reward"])
+def test_trainers_treat_bad_rows_by_the_rule_they_are_given(name, tmp_path):
+    data = Dataset.from_dict({"prompt": ["a b", "c d"], "chosen": [" e", ""], "rejected": [" f", " g"]})
+    config, trainer = (getattr(fastalign, f"{name}{part}") for part in ("Config", "Trainer"))
+
+    def rows(rule: str) -> int:
+        model = tiny_model()
+        if name == "Reward":
+            model = LlamaForSequenceClassification(type(model.config)(**model.config.to_dict() | {"num_labels": 1}))
+        args = config(str(tmp_path), bad_rows=rule, bf16=False, use_cpu=True, report_to="none", disable_tqdm=True)
+        return len(
+            trainer(model=model, args=args, train_dataset=data, processing_class=tiny_tokenizer()).train_dataset
+        )
+
+    kept = rows("keep")
+    assert kept == (4 if name == "KTO" else 2) and rows("drop") < kept
+    with pytest.raises(ValueError, match=r"an answer says nothing \(row 1\)"):
+        rows("error")

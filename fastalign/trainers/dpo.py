@@ -156,6 +156,7 @@ class DPOTrainer(GivenDataTrainer):
             truncation_mode=args.truncation_mode,
             num_proc=args.dataset_num_proc,
             name=name,
+            bad_rows=args.bad_rows,
         )
 
     def _prepared(self, dataset, name: str, training: bool):

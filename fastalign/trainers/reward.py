@@ -150,6 +150,7 @@ class RewardTrainer(GivenDataTrainer):
             max_length=self.args.max_length,
             num_proc=self.args.dataset_num_proc,
             name=name,
+            bad_rows=self.args.bad_rows,
         )
 
     def make_collator(self) -> RewardCollator:
