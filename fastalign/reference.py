@@ -270,6 +270,11 @@ def _content(model: Any, source: str) -> str:
 def _copy_adapter(model: Any) -> None:
     """A frozen copy of the adapter that is trained, named "ref"; an adapter of that name is used as it is."""
     trained = model.active_adapter
+    if trained == REF_ADAPTER:
+        raise ValueError(
+            f"The adapter that is trained is named {REF_ADAPTER!r}, which is the name of the reference's: it would be "
+            "compared with itself. Load it under another name, with `adapter_name=`."
+        )
     if REF_ADAPTER in model.peft_config:
         return
     model.add_adapter(REF_ADAPTER, model.peft_config[trained])

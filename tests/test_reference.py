@@ -111,6 +111,9 @@ def test_the_policy_itself_is_refused(tmp_path):
     model = tiny_model()
     with pytest.raises(ValueError, match="`model` and `ref_model` are the same object"):
         make(tmp_path, model=model, ref_model=model)
+    peft = pytest.importorskip("peft")
+    with pytest.raises(ValueError, match="it would be compared with itself"):
+        make(tmp_path, model=peft.get_peft_model(model, _lora(), adapter_name="ref"))
 
 
 def test_dropout_never_reaches_the_reference(tmp_path):
