@@ -181,6 +181,9 @@ def test_several_sets_and_another_one_are_evaluated(tmp_path):
     alone = trainer.evaluate(sets["b"])
     assert alone["eval_loss"] == pytest.approx(together["eval_b_loss"]) != together["eval_a_loss"]
     assert alone["eval_rewards/margins"] == pytest.approx(together["eval_b_rewards/margins"], abs=1e-6)
+    streamed = trainer.evaluate(sets["b"].to_iterable_dataset())
+    assert streamed["eval_loss"] == pytest.approx(alone["eval_loss"])
+    assert streamed["eval_samples_per_second"] * streamed["eval_runtime"] == pytest.approx(4, rel=0.05)  # pairs
 
 
 def test_a_resumed_run_continues_with_the_same_reference(tmp_path):

@@ -133,7 +133,10 @@ def _examples_per_rank(trainer, loader, number: int, inputs: Any) -> list[int]:
         size = sampler.batch_size
         starts = [(number * sampler.world + rank) * size for rank in range(sampler.world)]
         return [min(max(sampler.num_rows - start, 0), size) for start in starts]
-    size = inputs.num_rows if isinstance(inputs, TokenBatch) else find_batch_size(inputs)
+    if isinstance(inputs, TokenBatch):  # of pairs and the like an example has several sequences
+        size = inputs.num_rows // max(len(getattr(trainer.data_collator, "answers", ())), 1)
+    else:
+        size = find_batch_size(inputs)
     return [size or trainer.args.eval_batch_size] * trainer.world
 
 
