@@ -226,3 +226,6 @@ def test_unequal_labels_are_warned_of(tmp_path, caplog):
     caplog.clear()
     make(fastalign, tmp_path / "b", undesirable_weight=1.5)
     assert "make up" not in caplog.text
+    good = judged().map(lambda _: {"label": True})
+    make(fastalign, tmp_path / "c", data=good)
+    assert "All 17 answers are desirable, and no weight makes up for it" in caplog.text

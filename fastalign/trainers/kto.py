@@ -199,9 +199,16 @@ class KTOTrainer(GivenDataTrainer):
 
 def _check_weights(labels: np.ndarray, args: KTOConfig) -> None:
     """Warn where the weights do not make up for unequal numbers of labels, arXiv:2402.01306 Eq. 8."""
-    good = max(int(labels.sum()), 1)
-    bad = max(len(labels) - good, 1)
+    good = int(labels.sum())
+    bad = len(labels) - good
     if good == bad:
+        return
+    if not good or not bad:
+        logger.warning(
+            "All %d answers are %s, and no weight makes up for it: add answers of the other kind.",
+            len(labels),
+            "desirable" if good else "undesirable",
+        )
         return
     ratio = args.desirable_weight * good / (args.undesirable_weight * bad) if args.undesirable_weight else np.inf
     if not 1 <= round(ratio, 2) <= 1.33:
