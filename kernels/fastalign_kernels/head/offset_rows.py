@@ -309,4 +309,6 @@ def energy_buffer(num_rows: int, vocabulary: int, hidden: Tensor) -> Tensor:
     dtype = torch.float32 if hidden.dtype == torch.float32 else torch.bfloat16
     step = 64 // dtype.itemsize
     wide = -(-vocabulary // step) * step
-    return torch.empty(num_rows, wide, dtype=dtype, device=hidden.device)[:, :vocabulary]
+    memory = torch.empty(num_rows, wide, dtype=dtype, device=hidden.device)
+    memory[:, vocabulary:] = 0  # oneDNN multiplies what stands there with zeros, which would carry a NaN along
+    return memory[:, :vocabulary]
