@@ -120,8 +120,9 @@ class BEMACallback(TrainerCallback):
         return {f"{kind} {name}": value for kind, values in kinds.items() for name, value in values.items()}
 
     def _reference(self) -> dict[str, Tensor]:
-        moved = self.update_ref_model and self.ref_model is not None
-        return {f"reference {name}": value for name, value in _parameters(self.ref_model).items()} if moved else {}
+        if not self.update_ref_model or self.ref_model is None:
+            return {}
+        return {f"reference {name}": value for name, value in _parameters(self.ref_model).items()}
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint keeps: the averages, and the reference that they may have become."""
