@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import functools
 import json
 import logging
 import multiprocessing
@@ -30,6 +31,7 @@ import sys
 import tempfile
 import time
 import traceback
+import types
 import warnings
 from typing import Any
 
@@ -219,15 +221,24 @@ def classes(library: str, name: str, layout: str | None) -> tuple[Any, Any]:
 
 def run_all(case: str, folder: str, dtype: str) -> dict[str, list[dict]]:
     """The history of TRL ("trl"), and ours by layout."""
-    from trl.trainer import utils
+    import torch
+    from trl.trainer import dpo_trainer, utils
+
+    class Doubles(types.ModuleType):
+        """torch, with fp64 among the types for which TRL's alpha divergence has a bound: instead of bf16."""
+
+        bfloat16 = torch.float64
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(torch, name)
 
     head = utils._ChunkedLogProbFunction
     if dtype == "float64":
-        utils._ChunkedLogProbFunction = ExactHead
+        utils._ChunkedLogProbFunction, dpo_trainer.torch = ExactHead, Doubles("torch")
     try:
         theirs = run("trl", case, folder, dtype)
     finally:
-        utils._ChunkedLogProbFunction = head
+        utils._ChunkedLogProbFunction, dpo_trainer.torch = head, torch
     return {"trl": theirs} | {layout: run("fastalign", case, folder, dtype, layout) for layout in LAYOUTS}
 
 
@@ -377,15 +388,11 @@ def main() -> None:
         context = multiprocessing.get_context("spawn")
         good = True
         with concurrent.futures.ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
-            for case, found in zip(
-                options.only,
-                pool.map(run_case, options.only, [name] * len(options.only), [options.dtype] * len(options.only)),
-                strict=True,
-            ):
+            one = functools.partial(run_case, folder=name, dtype=options.dtype)
+            for case, found in zip(options.only, pool.map(one, options.only), strict=True):
                 good &= report(case, found)
-    print(
-        f"{len(options.only)} cases in {time.perf_counter() - start:.0f} s: {'all agree' if good else 'NOT all agree'}"
-    )
+    seconds = time.perf_counter() - start
+    print(f"{len(options.only)} cases in {seconds:.0f} s: {'all agree' if good else 'NOT all agree'}")
     sys.exit(not good)
 
 
