@@ -75,7 +75,7 @@ def test_linear_cross_entropy_without_targets_is_zero():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"reduction": "none"}, "reduction='none'"),
+        ({"reduction": "median"}, "reduction='median'"),
         ({"label_smoothing": 1.5}, "label_smoothing=1.5"),
         ({"targets": torch.zeros(3, dtype=torch.int64)}, "one per hidden state"),
     ],
