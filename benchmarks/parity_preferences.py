@@ -377,12 +377,11 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "float64"], default="float32")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
     options = parser.parse_args()
-    start = time.perf_counter()
-    pairs = read_pairs(options.data)[: STEPS * BATCH]
+    start, pairs = time.perf_counter(), read_pairs(options.data)
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
-        make_models(folder, read_pairs(options.data))
-        for kind, rows in kinds_of_rows(pairs).items():
+        make_models(folder, pairs)
+        for kind, rows in kinds_of_rows(pairs[: STEPS * BATCH]).items():
             (folder / f"{kind}.json").write_text(json.dumps(rows), encoding="utf-8")
         print(f"{'case':24s} {'layout':7s} {'loss':>9s} {'grad_norm':>9s} {'of limit':>8s}  key that differs most")
         context = multiprocessing.get_context("spawn")

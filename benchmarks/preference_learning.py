@@ -131,7 +131,8 @@ def dpo_accuracy(tokenizer, folder: str, train: list[dict], held_out: list[dict]
     texts = [{"prompt": row["prompt"], "completion": row[name]} for row in train for name in ("chosen", "rejected")]
     tuning = trained("SFT", model, tokenizer, folder, texts, None, learning_rate=2e-3, per_device_train_batch_size=16)
     print(f"policy: loss {[row['loss'] for row in tuning.state.log_history if 'loss' in row][-1]:.3f} per token")
-    trainer = trained("DPO", model, tokenizer, folder, train, held_out, num_train_epochs=epochs)
+    settings = {"num_train_epochs": epochs, "learning_rate": 3e-4}
+    trainer = trained("DPO", model, tokenizer, folder, train, held_out, **settings)
     return round(trainer.evaluate()["eval_rewards/accuracies"] * len(held_out)), model
 
 
