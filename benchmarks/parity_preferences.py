@@ -44,7 +44,7 @@ EPS = 2.0**-23
 FP64_RTOL = 1e-6  # the models' norms round to fp32 also in fp64
 LAYOUTS = ("padded", "flat", "shared")
 CLOCK = ("runtime", "per_second", "total_flos", "preparation_time", "epoch")
-SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+SHAPE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 VOCABULARY = 2000
 STEPS, BATCH, LEARNING_RATE = 10, 4, 5e-4
 
@@ -131,7 +131,7 @@ def make_models(folder: pathlib.Path, pairs: list[dict]) -> None:
     config = LlamaConfig(
         vocab_size=VOCABULARY, **SHAPE, num_key_value_heads=2, pad_token_id=0, bos_token_id=None, eos_token_id=1
     )  # fmt: skip
-    models = {"policy": LlamaForCausalLM(config)}
+    models: dict[str, Any] = {"policy": LlamaForCausalLM(config)}
     config.num_labels = 1
     models["reward"] = LlamaForSequenceClassification(config)
     for name, model in models.items():

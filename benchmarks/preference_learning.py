@@ -26,13 +26,14 @@ import pathlib
 import sys
 import tempfile
 import time
+from typing import Any
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 from sft_against_trl import make_tokenizer  # noqa: E402
 
 VOCABULARY = 1000
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 384,
     "num_hidden_layers": 2,
@@ -40,7 +41,7 @@ SHAPE = {
     "num_key_value_heads": 4,
     "head_dim": 32,
 }
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "per_device_train_batch_size": 8,
     "per_device_eval_batch_size": 16,
     "learning_rate": 1e-3,
@@ -92,8 +93,8 @@ def make_model(head: str):
         pad_token_id=0,
         bos_token_id=None,
         eos_token_id=1,
-        num_labels=1,
     )
+    config.num_labels = 1
     return getattr(transformers, f"Qwen3For{head}")(config)
 
 
