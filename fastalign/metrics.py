@@ -39,9 +39,7 @@ class Metrics:
         self._added: dict[str, float] = {}  # of this rank, since then
         self._logged_counts: dict[bool, set[str]] = {True: set(), False: set()}
 
-    def mean(
-        self, name: str, total: Tensor | float, count: Tensor | float = 1.0, *, skip_empty: bool = False
-    ) -> None:
+    def mean(self, name: str, total: Tensor | float, count: Tensor | float = 1.0, *, skip_empty: bool = False) -> None:
         """Record one micro-batch of a ratio, such as summed entropy (nats) over scored tokens; both 0-dim.
 
         `skip_empty`: micro-batches of count zero are left out of the mean, and a name without others is not logged.

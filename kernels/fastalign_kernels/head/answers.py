@@ -153,7 +153,7 @@ def total_over_groups(
 
 
 def _pulls(loss: Tensor, logp: Tensor, answers: Answers) -> Tensor | None:
-    """(G,) sum over each group's tokens of |d loss / d logp|: how much of the gradient is its; None without a graph."""
+    """(G,) sum over each group's tokens of |d loss / d logp|: its part of the gradient; None without a graph."""
     if not loss.requires_grad:
         return None
     (found,) = torch.autograd.grad(loss, logp, retain_graph=True, allow_unused=True)
