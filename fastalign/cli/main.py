@@ -5,89 +5,20 @@ from __future__ import annotations
 import os
 import sys
 from difflib import get_close_matches
+from functools import partial
 
 from .config_file import set_environment_early
 
 
-def _sft(arguments: list[str]) -> int:
+def _train(name: str, arguments: list[str]) -> int:
+    """`fastalign NAME` for the name of a trainer; its classes are public names of fastalign, imported here."""
     set_environment_early(arguments)
-    from fastalign.trainers.sft import SFTConfig, SFTTrainer
+    import fastalign
 
     from .train import run
 
-    return run("sft", SFTConfig, SFTTrainer, arguments)
-
-
-def _cpo(arguments: list[str]) -> int:
-    set_environment_early(arguments)
-    from fastalign.trainers.cpo import CPOConfig, CPOTrainer
-
-    from .train import run
-
-    return run("cpo", CPOConfig, CPOTrainer, arguments)
-
-
-def _orpo(arguments: list[str]) -> int:
-    set_environment_early(arguments)
-    from fastalign.trainers.orpo import ORPOConfig, ORPOTrainer
-
-    from .train import run
-
-    return run("orpo", ORPOConfig, ORPOTrainer, arguments)
-
-
-def _tpo(arguments: list[str]) -> int:
-    set_environment_early(arguments)
-    from fastalign.trainers.tpo import TPOConfig, TPOTrainer
-
-    from .train import run
-
-    return run("tpo", TPOConfig, TPOTrainer, arguments)
-
-
-def _dpo(arguments: list[str]) -> int:
-    set_environment_early(arguments)
-    from fastalign.trainers.dpo import DPOConfig, DPOTrainer
-
-    from .train import run
-
-    return run("dpo", DPOConfig, DPOTrainer, arguments)
-
-
-def _kto(arguments: list[str]) -> int:
-    set_environment_early(arguments)
-    from fastalign.trainers.kto import KTOConfig, KTOTrainer
-
-    from .train import run
-
-    return run("kto", KTOConfig, KTOTrainer, arguments)
-
-
-def _bco(arguments: list[str]) -> int:
-    set_environment_early(arguments)
-    from fastalign.trainers.bco import BCOConfig, BCOTrainer
-
-    from .train import run
-
-    return run("bco", BCOConfig, BCOTrainer, arguments)
-
-
-def _reward(arguments: list[str]) -> int:
-    set_environment_early(arguments)
-    from fastalign.trainers.reward import RewardConfig, RewardTrainer
-
-    from .train import run
-
-    return run("reward", RewardConfig, RewardTrainer, arguments)
-
-
-def _prm(arguments: list[str]) -> int:
-    set_environment_early(arguments)
-    from fastalign.trainers.prm import PRMConfig, PRMTrainer
-
-    from .train import run
-
-    return run("prm", PRMConfig, PRMTrainer, arguments)
+    stem = TRAINERS[name][1]
+    return run(name, getattr(fastalign, f"{stem}Config"), getattr(fastalign, f"{stem}Trainer"), arguments)
 
 
 def _demo(arguments: list[str]) -> int:
@@ -114,16 +45,19 @@ def _env(arguments: list[str]) -> int:
     return main(arguments)
 
 
+TRAINERS = {  # name -> (what it does, X where fastalign.XConfig and fastalign.XTrainer are its classes)
+    "sft": ("supervised fine-tuning of a language model", "SFT"),
+    "cpo": ("preferences without a reference: CPO, SimPO, AlphaPO", "CPO"),
+    "orpo": ("fine-tuning and preferences in one, without a reference", "ORPO"),
+    "tpo": ("preferences and a gold answer, without a reference", "TPO"),
+    "dpo": ("preference optimisation on pairs of answers (DPO and its relatives)", "DPO"),
+    "kto": ("KTO and APO-zero on answers judged good or bad", "KTO"),
+    "bco": ("BCO on answers judged good or bad", "BCO"),
+    "reward": ("reward model from pairs of answers", "Reward"),
+    "prm": ("process reward model from judged steps", "PRM"),
+}
 COMMANDS = {  # name -> (what it does, the function that takes the remaining arguments)
-    "sft": ("supervised fine-tuning of a language model", _sft),
-    "cpo": ("preferences without a reference: CPO, SimPO, AlphaPO", _cpo),
-    "orpo": ("fine-tuning and preferences in one, without a reference", _orpo),
-    "tpo": ("preferences and a gold answer, without a reference", _tpo),
-    "dpo": ("preference optimisation on pairs of answers (DPO and its relatives)", _dpo),
-    "kto": ("KTO and APO-zero on answers judged good or bad", _kto),
-    "bco": ("BCO on answers judged good or bad", _bco),
-    "reward": ("reward model from pairs of answers", _reward),
-    "prm": ("process reward model from judged steps", _prm),
+    **{name: (text, partial(_train, name)) for name, (text, _) in TRAINERS.items()},
     "report": ("one HTML file with the curves and samples of a run", _report),
     "demo": ("train and evaluate a small model here, in about a minute", _demo),
     "bench": ("run the benchmarks of a source checkout", _bench),
