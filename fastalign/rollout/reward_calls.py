@@ -1,0 +1,343 @@
+"""Calls of reward functions: what they are given, what they may return, and the threads and the loop they run on.
+
+A `Job` is one function's work on one submission. It calls the function with all samples; where that fails and there
+are several groups, it calls it again with each group alone, so that a failure costs the groups it belongs to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import inspect
+import logging
+import math
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+LOOP_GRACE = 1.0  # seconds that a cancelled coroutine has to end before its loop counts as blocked
+OWN_COLUMNS = ("prompt", "completion", "completion_ids")  # of a row: functions get them under TRL's names
+
+
+def callable_name(function: Callable) -> str:
+    """The name that metrics are logged under: of the function, or of the class of a callable object."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def is_async(function: Any) -> bool:
+    """Whether calling `function` (a function, a partial, an object with `__call__`) returns a coroutine."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+
+
+def accepted_names(function: Callable) -> set[str] | None:
+    """The arguments `function` can be given by name; None: any."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return None
+    return {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+
+
+def list_arguments(samples: list, trainer_state: Any) -> dict[str, list]:
+    """What TRL's GRPO passes: prompts, completions, their ids, every other column, environments; lists of n."""
+    rows = [{**sample.row, **sample.extras} for sample in samples]
+    columns = {name: [row.get(name) for row in rows] for name in rows[0] if name not in OWN_COLUMNS}
+    columns["prompts"] = [row.get("prompt") for row in rows]
+    columns["completions"] = [sample.completion for sample in samples]
+    columns["completion_ids"] = [sample.completion_ids for sample in samples]
+    columns["trainer_state"] = [trainer_state] * len(samples)
+    if any(sample.environment is not None for sample in samples):
+        columns["environments"] = [sample.environment for sample in samples]
+    return columns
+
+
+class Attempt:
+    """One call of the function: its arguments, what it logs, and whether it failed."""
+
+    def __init__(self, job: Job, rows: range):
+        self.job, self.rows = job, rows
+        self.columns: dict[str, list] = {}
+        self.metrics: dict[str, list[float]] = {}
+        self.returned: Any = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Fresh lists for each call, so that functions cannot change each other's."""
+        part = slice(self.rows.start, self.rows.stop)
+        given: dict[str, Any] = {name: values[part] for name, values in self.job.given.items()}
+        given |= {"trainer_state": given["trainer_state"][0], "log_extra": self._extra, "log_metric": self._metric}
+        names = self.job.names
+        return given if names is None else {name: value for name, value in given.items() if name in names}
+
+    def _extra(self, column: str, values: list) -> None:
+        self.columns.setdefault(column, []).extend(values)
+
+    def _metric(self, name: str, value: float) -> None:
+        self.metrics.setdefault(name, []).append(float(value))
+
+    def values(self) -> list[float]:
+        """One number per completion, NaN for None; ValueError where that is not what was returned."""
+        if self.returned is None or not hasattr(self.returned, "__len__"):
+            raise ValueError(
+                f"The reward function {self.job.name!r} returned {type(self.returned).__name__}; it must return a "
+                "list with one number or None per completion."
+            )
+        if len(self.returned) != len(self.rows):
+            raise ValueError(
+                f"The reward function {self.job.name!r} returned {len(self.returned)} rewards for {len(self.rows)} "
+                "completions; it must return one number or None per completion."
+            )
+        return [math.nan if value is None else float(value) for value in self.returned]
+
+
+class Job:
+    """One function's work on one submission; what comes of it is read once `done`.
+
+    rewards: one per sample, NaN where there is none. lost: rows of calls that failed. failures: calls that raised,
+    timed out, returned the wrong count, NaN or an infinite number.
+    """
+
+    def __init__(self, name: str, function: Callable, given: dict[str, list], groups: list[range]):
+        self.name, self.function, self.given, self.groups = name, function, given, groups
+        self.names = accepted_names(function)
+        self.size = groups[-1].stop
+        self.rewards = [math.nan] * self.size
+        self.lost = [False] * self.size
+        self.failures = 0
+        self.error = ""
+        self.columns: dict[str, list] = {}
+        self.metrics: dict[str, list[float]] = {}
+        self.started = 0.0  # time.monotonic(); 0: waits for its turn
+        self.seconds = 0.0
+        self.done = self.abandoned = self.needs_main_thread = False
+
+    def attempts(self) -> Iterator[Attempt]:
+        """The calls to make: all samples at once, and each group alone where that failed."""
+        yield Attempt(self, range(self.size))
+        if self.error and len(self.groups) > 1 and not self.needs_main_thread:
+            for group in self.groups:
+                if self.abandoned:
+                    return
+                yield Attempt(self, group)
+
+    @contextlib.contextmanager
+    def settle(self, attempt: Attempt) -> Iterator[None]:
+        """Around a call: takes what it returned, or keeps what went wrong to its rows."""
+        try:
+            yield
+            values = attempt.values()
+        except BaseException as error:
+            if self.abandoned or isinstance(error, KeyboardInterrupt):
+                raise
+            if not self.needs_main_thread and isinstance(error, ValueError) and "main thread" in str(error):
+                self.needs_main_thread = True
+            self.lose(attempt.rows, traceback.format_exc())
+        else:
+            if not self.abandoned:
+                self._take(attempt, values)
+
+    def _take(self, attempt: Attempt, values: list[float]) -> None:
+        if broken := [value for value in attempt.returned if value is not None and not math.isfinite(float(value))]:
+            self.failures += 1
+            logger.warning(
+                "The reward function %r returned %s for %d of %d completions, which are taken as not scored.",
+                self.name, float(broken[0]), len(broken), len(values),
+            )  # fmt: skip
+        for row, value in zip(attempt.rows, values, strict=True):
+            self.rewards[row], self.lost[row] = value if math.isfinite(value) else math.nan, False
+        for name, entries in attempt.metrics.items():
+            self.metrics.setdefault(name, []).extend(entries)
+        for name, entries in attempt.columns.items():
+            if len(entries) != len(attempt.rows):
+                logger.warning(
+                    "log_extra(%r) of %r got %d values for %d completions; the column is left out.",
+                    name, self.name, len(entries), len(attempt.rows),
+                )  # fmt: skip
+                continue
+            column = self.columns.setdefault(name, [None] * self.size)
+            column[attempt.rows.start : attempt.rows.stop] = entries
+
+    def lose(self, rows: range, error: str) -> None:
+        """A call failed: its rows have no reward."""
+        self.failures += 1
+        self.error = error
+        for row in rows:
+            self.rewards[row], self.lost[row] = math.nan, True
+        if not self.needs_main_thread:
+            logger.warning("The reward function %r failed on %d completions.\n%s", self.name, len(rows), error)
+
+    def abandon(self, reason: str) -> None:
+        """Stop waiting; what was not scored by now is lost."""
+        self.abandoned = True
+        for group in self.groups:
+            if all(map(math.isnan, self.rewards[group.start : group.stop])):
+                self.lost[group.start : group.stop] = [True] * len(group)
+        self.failures += 1
+        self.error = reason
+        logger.warning("The reward function %r was given up: %d completions. %s", self.name, sum(self.lost), reason)
+        self.finish()
+
+    def run(self) -> None:
+        """Call the function, in the thread that asks."""
+        for attempt in self.attempts():
+            with self.settle(attempt):
+                attempt.returned = self.function(**attempt.arguments())
+
+    async def run_async(self) -> None:
+        """Await the function."""
+        for attempt in self.attempts():
+            with self.settle(attempt):
+                attempt.returned = await self.function(**attempt.arguments())
+
+    def finish(self) -> None:
+        self.seconds = time.monotonic() - self.started
+        self.done = True
+
+    def retry(self) -> None:
+        """Forget what a thread found, before the main thread runs the job."""
+        self.failures, self.error, self.lost = 0, "", [False] * self.size
+
+
+class FunctionThread:
+    """A daemon thread that runs one function's jobs one after the other, and a fresh one behind each that hangs."""
+
+    def __init__(self, name: str, timeout: float | None):
+        self.name, self.timeout = name, timeout
+        self._changed = threading.Condition()
+        self._queue: deque[Job] = deque()
+        self._current: Job | None = None
+        self._thread: threading.Thread | None = None
+
+    def submit(self, job: Job) -> None:
+        with self._changed:
+            self._queue.append(job)
+            self._expire()
+            if self._thread is None:
+                self._start()
+            self._changed.notify_all()
+
+    def wait(self, job: Job) -> None:
+        """Return once `job` is done, at the latest when those before it and itself had their time."""
+        with self._changed:
+            while not job.done:
+                left = self._expire()
+                if not job.done:
+                    self._changed.wait(left)
+
+    def close(self) -> None:
+        """Let the thread end after what it does now."""
+        with self._changed:
+            self._thread = None
+            self._changed.notify_all()
+
+    def _start(self) -> None:
+        self._thread = threading.Thread(target=self._run, name=f"reward-{self.name}", daemon=True)
+        self._thread.start()
+
+    def _expire(self) -> float | None:
+        """Give up the current job if its time is over; returns the seconds until that may be."""
+        if self.timeout is None or self._current is None:
+            return self.timeout
+        left = self._current.started + self.timeout - time.monotonic()
+        if left > 0:
+            return left
+        self._current.abandon(f"It took longer than the time-out of {self.timeout:g} s; its thread is left behind.")
+        self._current = None
+        self._start()
+        self._changed.notify_all()
+        return self.timeout
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while self._thread is threading.current_thread() and not self._queue:
+                    self._changed.wait()
+                if self._thread is not threading.current_thread():
+                    return
+                job = self._current = self._queue.popleft()
+                job.started = time.monotonic()
+                self._changed.notify_all()
+            with contextlib.suppress(BaseException):  # of a job that was given up: nobody waits for it
+                job.run()
+            with self._changed:
+                if job.abandoned:
+                    return
+                job.finish()
+                self._current = None
+                self._changed.notify_all()
+
+
+class AsyncLoop:
+    """One event loop on a daemon thread for all async functions; their calls run at the same time."""
+
+    def __init__(self, timeout: float | None):
+        self.timeout = timeout
+        self._changed = threading.Condition()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._tasks: dict[Job, asyncio.Task] = {}  # kept here, because a loop holds its tasks weakly
+
+    def submit(self, job: Job) -> None:
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            threading.Thread(target=self._loop.run_forever, name="reward-loop", daemon=True).start()
+        job.started = time.monotonic()
+        self._loop.call_soon_threadsafe(self._start, self._loop, job)
+
+    def wait(self, job: Job) -> None:
+        """Return once `job` is done or its time is over; a loop that is blocked is left behind with all its calls."""
+        with self._changed:
+            while not job.done:
+                left = None if self.timeout is None else job.started + self.timeout - time.monotonic()
+                if left is not None and left <= 0:
+                    self._give_up(job)
+                    return
+                self._changed.wait(left)
+
+    def close(self) -> None:
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._loop = None
+
+    def _start(self, loop: asyncio.AbstractEventLoop, job: Job) -> None:
+        self._tasks[job] = loop.create_task(self._run(job))
+
+    async def _run(self, job: Job) -> None:
+        try:
+            with contextlib.suppress(BaseException):  # of a job that was given up; SystemExit would end the loop
+                await job.run_async()
+        finally:
+            with self._changed:
+                self._tasks.pop(job, None)
+                if not job.abandoned:
+                    job.finish()
+                self._changed.notify_all()
+
+    def _give_up(self, job: Job) -> None:
+        job.abandon(f"It took longer than the time-out of {self.timeout:g} s.")
+        loop, task = self._loop, self._tasks.get(job)
+        if loop is None:
+            return
+        if task is not None:
+            loop.call_soon_threadsafe(task.cancel)
+        self._changed.wait_for(lambda: job not in self._tasks, LOOP_GRACE)
+        if job not in self._tasks and task is not None:
+            return
+        loop.call_soon_threadsafe(loop.stop)
+        self._loop = None
+        for other in [*self._tasks]:
+            if not other.done:
+                other.abandon(
+                    f"The event loop was blocked, perhaps by {job.name!r} (use `await`, not blocking calls)."
+                )
+        self._tasks = {}
