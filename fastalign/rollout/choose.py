@@ -1,0 +1,34 @@
+"""Which engine a config asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from .engine import Engine, Sampling
+
+
+def make_engine(config: Any, model: Any, processing_class: Any, *, accelerator: Any, sampling: Sampling) -> Engine:
+    """The engine of `config`: vLLM in this process or a server (`use_vllm`, `vllm_mode`), Transformers' continuous
+    batching (`use_transformers_continuous_batching`), else the training model itself.
+
+    `model` is the training model without DDP's wrapper (PEFT's stays); `sampling` is what most requests will ask for.
+    ValueError for a mode that does not exist, for two engines at once, and for what the engine finds wrong.
+    """
+    continuous = getattr(config, "use_transformers_continuous_batching", False)
+    if config.use_vllm and continuous:
+        raise ValueError(
+            "`use_vllm` and `use_transformers_continuous_batching` are both set, but one engine samples. Unset one."
+        )
+    if config.use_vllm:
+        if config.vllm_mode == "colocate":
+            from .vllm_engine import VLLMEngine as Chosen  # pyright: ignore
+        elif config.vllm_mode == "server":
+            from .vllm_server import VLLMServerEngine as Chosen  # pyright: ignore
+        else:
+            raise ValueError(f"`vllm_mode` is {config.vllm_mode!r}; allowed are 'colocate' and 'server'.")
+        return Chosen(model, processing_class, config, sampling=sampling)
+    autocast: Callable[[], Any] = accelerator.autocast
+    from .native import NativeEngine
+
+    return NativeEngine(model, autocast=autocast, seed=config.seed)

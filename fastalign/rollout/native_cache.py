@@ -1,0 +1,235 @@
+"""Keys and values of completions in the making, and attention of one new token per row to them.
+
+A cohort is a set of rows that started together: all have sampled equally many tokens, so their own keys (the suffix)
+have one length and no mask. The keys of a prompt are held once for all its completions (the prefix), right-aligned, so
+that a window is a slice. Attention over both parts is merged by their logsumexp.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+aten = torch.ops.aten
+
+
+class PrefillCache(Cache):
+    """Hands the model's keys and values of a flat batch over to whoever asks afterwards."""
+
+    def __init__(self):
+        super().__init__(layers=[])
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> (1, H_kv, T, K) and (1, H_kv, T, K_v)
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
+        self.kept[layer_idx] = key_states, value_states
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+
+class DecodeCache(PrefillCache):
+    """Takes the key and value of one new token per row, of several cohorts that lie back to back."""
+
+    def __init__(self, cohorts: list[CohortCache]):
+        super().__init__()
+        self.cohorts = cohorts
+        self.layer = -1
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
+        self.layer, start = layer_idx, 0
+        for cohort in self.cohorts:
+            stop = start + cohort.num_rows
+            cohort.append(layer_idx, key_states[start:stop], value_states[start:stop])
+            start = stop
+        return key_states, value_states
+
+    def attend(self, q: Tensor, **options) -> Tensor:
+        """(B, H, K_v) of the queries (B, H, K) of the layer that came last."""
+        if len(self.cohorts) == 1:
+            return self.cohorts[0].attend(self.layer, q, **options)
+        parts = q.split([cohort.num_rows for cohort in self.cohorts])
+        return torch.cat([c.attend(self.layer, part, **options) for c, part in zip(self.cohorts, parts, strict=True)])
+
+
+class CohortCache:
+    """Keys and values of the rows of one cohort."""
+
+    def __init__(self, lengths: list[int], group_of_row: list[int], device: torch.device):
+        """`lengths` of the prompts, tokens; `group_of_row`: which of them each row continues."""
+        self.device = device
+        self.longest = max(lengths)
+        self.prefix: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> (n, H_kv, P, K) and (n, H_kv, P, K_v)
+        self.suffix: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> (rows, H_kv, capacity, K), ...
+        self.length = 0  # tokens of each row in the suffix
+        self.capacity = 0
+        self.num_rows = len(group_of_row)
+        self._lengths = torch.tensor(lengths)
+        self._group_of_row = group_of_row
+        self._place_groups()
+
+    def fill_prefix(self, kept: dict[int, tuple[Tensor, Tensor]], prompts: range, lengths: list[int]) -> None:
+        """Take the keys of `prompts`, which lie back to back in `kept`."""
+        rows = torch.arange(prompts.start, prompts.stop).repeat_interleave(torch.tensor(lengths))
+        place = torch.cat([torch.arange(self.longest - n, self.longest) for n in lengths])
+        places = (rows * self.longest + place).to(self.device)
+        for layer, (k, v) in kept.items():
+            if layer not in self.prefix:
+                shape = len(self._lengths), self.longest
+                self.prefix[layer] = tuple(  # pyright: ignore[reportArgumentType]
+                    v.new_zeros(*shape, x.shape[1], x.shape[3]).transpose(1, 2) for x in (k, v)
+                )
+            for held, new in zip(self.prefix[layer], (k, v), strict=True):
+                flat = held.transpose(1, 2).flatten(0, 1)  # (n P, H_kv, K), a view
+                flat[places] = new[0].transpose(0, 1).to(held.dtype)
+
+    def reserve(self, capacity: int) -> None:
+        """Room for `capacity` tokens of each row."""
+        self.capacity = capacity
+        for layer, held in self.suffix.items():
+            self.suffix[layer] = tuple(self._grown(x) for x in held)  # pyright: ignore[reportArgumentType]
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Keys (rows, H_kv, 1, K) and values of the token after the `length` tokens that are there."""
+        if layer not in self.suffix:
+            self.suffix[layer] = tuple(  # pyright: ignore[reportArgumentType]
+                v.new_empty(len(k), x.shape[1], self.capacity, x.shape[3]) for x in (k, v)
+            )
+        for held, new in zip(self.suffix[layer], (k, v), strict=True):
+            held[: self.num_rows, :, self.length] = new[:, :, 0]
+
+    def drop(self, rows: list[int]) -> list[tuple[int, int]]:
+        """Forget `rows`: the last rows move into their places. Returns these moves as (from, to)."""
+        kept = self.num_rows - len(rows)
+        gone = set(rows)
+        moves = list(
+            zip((r for r in range(kept, self.num_rows) if r not in gone), sorted(r for r in rows if r < kept))
+        )
+        if moves:
+            source, target = (torch.tensor(x, device=self.device) for x in zip(*moves, strict=True))
+            for held in self.suffix.values():
+                for x in held:
+                    x[target, :, : self.length] = x[source, :, : self.length]
+            for a, b in moves:
+                self._group_of_row[b] = self._group_of_row[a]
+        del self._group_of_row[kept:]
+        self.num_rows = kept
+        if kept:
+            self._drop_prompts()
+            self._place_groups()
+        return moves
+
+    def attend(
+        self, layer: int, q: Tensor, *, scale: float, window: int | None, softcap: float | None, sinks: Tensor | None
+    ) -> Tensor:
+        """Attention (B, H, K_v) of queries (B, H, K) to prefix and suffix; `window` in tokens, the query included."""
+        k, v = self.suffix[layer]
+        num_rows, num_heads, size = q.shape
+        kv_heads, stop = k.shape[1], self.length + 1
+        q = q.to(v.dtype)
+        start = 0 if window is None else max(stop - window, 0)
+        own = q.view(num_rows, kv_heads, -1, size)
+        rows = slice(0, num_rows)
+        out, lse = _attention(own, k[rows, :, start:stop], v[rows, :, start:stop], None, scale, softcap)
+        out, lse = out.reshape(num_rows, num_heads, -1), lse.reshape(num_rows, num_heads)
+        seen = self.longest if window is None else min(window - stop, self.longest)
+        if seen > 0:
+            before, before_lse = self._attend_prefix(layer, own, seen, scale, softcap)
+            out, lse = _merge(out, lse, before, before_lse)
+        if sinks is not None:
+            out = out * (lse - sinks.to(lse.dtype)).sigmoid().unsqueeze(-1).to(out.dtype)
+        return out
+
+    def _attend_prefix(self, layer: int, q: Tensor, seen: int, scale: float, softcap: float | None):
+        """Out (B, H, K_v) and logsumexp (B, H) of q (B, H_kv, r, K) over the last `seen` places of the prompts."""
+        k, v = (x[:, :, -seen:] for x in self.prefix[layer])
+        num_prompts, (num_rows, kv_heads, repeats, _) = len(k), q.shape
+        if self._row_of_slot is not None:
+            q = q[self._row_of_slot]
+        # (n, H_kv, slots r, K): all completions of a prompt ask its keys together
+        q = q.view(num_prompts, -1, kv_heads, repeats, q.shape[-1]).transpose(1, 2).flatten(2, 3)
+        bias = None if self._pads is None else self._pads[..., -seen:]
+        out, lse = _attention(q, k, v, bias, scale, softcap)
+        out = out.unflatten(2, (-1, repeats)).transpose(1, 2).flatten(0, 1)
+        lse = lse.unflatten(2, (-1, repeats)).transpose(1, 2).flatten(0, 1)
+        if self._slot_of_row is not None:
+            out, lse = out[self._slot_of_row], lse[self._slot_of_row]
+        return out.reshape(num_rows, kv_heads * repeats, -1), lse.reshape(num_rows, -1)
+
+    def _grown(self, held: Tensor) -> Tensor:
+        grown = held.new_empty(self.num_rows, held.shape[1], self.capacity, held.shape[3])
+        grown[:, :, : self.length] = held[: self.num_rows, :, : self.length]
+        return grown
+
+    def _drop_prompts(self) -> None:
+        """Free the keys of prompts without rows, once these are a quarter."""
+        used = sorted(set(self._group_of_row))
+        if len(used) * 4 > len(self._lengths) * 3:
+            return
+        self._lengths = self._lengths[used]
+        cut = self.longest - int(self._lengths.max())
+        self.longest -= cut
+        index = torch.tensor(used, device=self.device)
+        for layer, held in self.prefix.items():
+            self.prefix[layer] = tuple(  # pyright: ignore[reportArgumentType]
+                x.transpose(1, 2)[index, cut:].transpose(1, 2) for x in held
+            )
+        place = {group: number for number, group in enumerate(used)}
+        self._group_of_row = [place[group] for group in self._group_of_row]
+
+    def _place_groups(self) -> None:
+        """Where each row stands among the completions of its prompt, dead places included."""
+        num_prompts = len(self._lengths)
+        counts, slots = [0] * num_prompts, []
+        for group in self._group_of_row:
+            slots.append(counts[group])
+            counts[group] += 1
+        width = max(counts)
+        slot_of_row = [group * width + slot for group, slot in zip(self._group_of_row, slots, strict=True)]
+        row_of_slot = [0] * (num_prompts * width)
+        for row, slot in enumerate(slot_of_row):
+            row_of_slot[slot] = row
+        in_place = slot_of_row == list(range(num_prompts * width))
+        self._slot_of_row = None if in_place else torch.tensor(slot_of_row, device=self.device)
+        self._row_of_slot = None if in_place else torch.tensor(row_of_slot, device=self.device)
+        pads = torch.arange(self.longest) < self.longest - self._lengths[:, None]  # (n, P)
+        self._pads = torch.zeros(pads.shape).masked_fill_(pads, -torch.inf)[:, None, None].to(self.device)
+        if not pads.any():
+            self._pads = None
+
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """Out (n, h, m, K_v) and logsumexp (n, h, m) fp32 of q (n, h, m, K) over k (n, h, L, K); bias (n, 1, 1, L)."""
+    if q.device.type == "cpu" and softcap is None and q.shape[-1] == v.shape[-1]:
+        mask = None if bias is None else bias.to(q.dtype).expand(-1, -1, q.shape[2], -1)
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=mask, scale=scale)
+        return out, lse
+    scores = torch.matmul(q, k.transpose(2, 3)).float() * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if bias is not None:
+        scores = scores + bias
+    lse = scores.logsumexp(-1)
+    return torch.matmul((scores - lse[..., None]).exp().to(v.dtype), v), lse
+
+
+def _merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over two sets of keys, from that over each."""
+    share = (other_lse - lse).sigmoid().unsqueeze(-1)
+    return torch.lerp(out.float(), other.float(), share).to(out.dtype), torch.logaddexp(lse, other_lse)
+
+
+def bytes_per_token(model: Any) -> int:
+    """Keys and values of one token, all layers."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * size * model.dtype.itemsize

@@ -1,0 +1,113 @@
+"""Drawing the next token from what a head says, with the exact log-probability of the draw.
+
+With p the softmax of z (the logits formed as in `head.rows`, after repetition penalty and truncation) and a uniform u
+in [0, 1), the token is the first one whose cumulative p exceeds u (inversion). The sums are taken block by block, over
+blocks in fp64, so that one pass over the vocabulary follows the softmax and tokens of probability below 2^-24 are
+reached. A row's token depends on its own u and logits alone. Order of the settings as in Transformers: penalty,
+temperature, top-k, top-p, min-p.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastalign_kernels.head.operands import operands_of
+from fastalign_kernels.head.products import Head, as_one_op
+from fastalign_kernels.head.rows import _form_logits, slice_form
+from fastalign_kernels.head.token_stats import LogitForm
+
+BLOCK = 128  # tokens whose probabilities are summed together
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """What is drawn from, made of a head's logits."""
+
+    temperature: float = 1.0  # 0: the most likely token
+    top_k: int = 0  # tokens kept, 0: all
+    top_p: float = 1.0  # mass kept
+    min_p: float = 0.0  # least probability kept, as a share of the largest
+    repetition_penalty: float = 1.0  # divides positive logits of tokens seen before, multiplies negative ones
+
+
+@as_one_op
+@torch.no_grad()
+def sample_tokens(
+    hidden: Tensor,
+    weight: Tensor,
+    uniform: Tensor,
+    distribution: Distribution,
+    *,
+    bias: Tensor | None = None,
+    form: LogitForm = LogitForm(),  # noqa: B008 (frozen)
+    low_rank: tuple[Tensor, Tensor] | None = None,
+    seen: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Tokens (N,) int64 drawn for hidden (N, D) under the head (V, D), and their log-probability (N,) fp32, nats.
+
+    `uniform` is (N,) fp64 in [0, 1). `seen` (N, V) bool is needed with a repetition penalty. The log-probability is
+    that of the distribution drawn from; of the most likely token (temperature 0) that at temperature 1, untruncated.
+    """
+    head = Head(operands_of(hidden, weight, bias, low_rank), uniform.new_zeros(len(hidden)), form, plain=True)
+    ids = torch.empty(len(hidden), dtype=torch.int64, device=hidden.device)
+    logp = torch.empty(len(hidden), dtype=head.stats_dtype, device=hidden.device)
+    for span in head.spans:
+        z, _ = _form_logits(head.logits(span), slice_form(head.form, span))
+        if distribution.repetition_penalty != 1.0:
+            assert seen is not None
+            penalty = distribution.repetition_penalty
+            z = torch.where(seen[span], torch.where(z < 0, z * penalty, z / penalty), z)
+        ids[span], logp[span] = _draw(z, uniform[span], distribution)
+    return ids, logp.float()
+
+
+def _draw(z: Tensor, uniform: Tensor, distribution: Distribution) -> tuple[Tensor, Tensor]:
+    if distribution.temperature == 0.0:
+        ids = z.argmax(1)
+        return ids, z.log_softmax(1).gather(1, ids[:, None])[:, 0]
+    if distribution.temperature != 1.0:
+        z = z / distribution.temperature
+    p = truncate(z, distribution).softmax(1)
+    ids = invert(p, uniform)
+    return ids, p.gather(1, ids[:, None])[:, 0].log()
+
+
+def truncate(z: Tensor, distribution: Distribution) -> Tensor:
+    """z (N, V) with -inf at the tokens that are left out; the most likely one always stays."""
+    if 0 < distribution.top_k < z.shape[1]:
+        least = z.topk(distribution.top_k, dim=1).values[:, -1:]
+        z = z.masked_fill(z < least, -torch.inf)
+    if distribution.top_p < 1.0:
+        ordered, order = z.sort(dim=1)
+        out = ordered.softmax(1).cumsum(1) <= 1.0 - distribution.top_p
+        out[:, -1] = False
+        z = z.masked_fill(torch.zeros_like(out).scatter_(1, order, out), -torch.inf)
+    if distribution.min_p > 0.0:
+        p = z.softmax(1)
+        out = p < distribution.min_p * p.amax(1, keepdim=True)
+        z = z.masked_fill(out, -torch.inf)
+    return z
+
+
+def invert(p: Tensor, uniform: Tensor) -> Tensor:
+    """The first column (N,) int64 at which the cumulative p (N, V) exceeds uniform (N,) fp64 times its total."""
+    num_rows, vocabulary = p.shape
+    whole = vocabulary // BLOCK
+    sums = p[:, : whole * BLOCK].reshape(num_rows, whole, BLOCK).sum(2)
+    if rest := vocabulary - whole * BLOCK:
+        sums = torch.cat([sums, p[:, -rest:].sum(1, keepdim=True)], 1)
+    ends = sums.double().cumsum(1)
+    target = (uniform * ends[:, -1])[:, None]
+    # the last block that holds anything is the last resort of rounding
+    block = (ends <= target).sum(1, keepdim=True)
+    block = torch.minimum(block, (ends < ends[:, -1:]).sum(1, keepdim=True))
+    start = ends.gather(1, block) - sums.gather(1, block)
+    columns = block * BLOCK + torch.arange(BLOCK, device=p.device)
+    inside = p.gather(1, columns.clamp_max(vocabulary - 1)).double() * (columns < vocabulary)
+    inner = inside.cumsum(1)
+    place = (inner <= (target - start).clamp_min(0)).sum(1, keepdim=True)
+    place = torch.minimum(place, (inner < inner[:, -1:]).sum(1, keepdim=True))
+    return (block * BLOCK + place)[:, 0]
