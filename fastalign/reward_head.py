@@ -47,14 +47,16 @@ def prepare_reward_model(model: nn.Module, *, allow_flat: bool = True, check: bo
     return choose_batches(model, LogitForm(), obstacle, errors)
 
 
-def score_loss(model: nn.Module, batch: TokenBatch, op: ScoreLoss, **model_kwargs) -> HeadLoss:
+def score_loss(
+    model: nn.Module, batch: TokenBatch, op: ScoreLoss, *, per_token: bool = False, **model_kwargs
+) -> HeadLoss:
     """The loss that `op` makes of the scores (N, C), at least fp32, at `batch.source`, in one forward of `model`.
 
     The scores of a padded batch through a model of whole sequences are those of its rows, (B, C), read where the
-    model reads them: at the last token that is not its pad token.
+    model reads them: at the last token that is not its pad token. With `per_token` they too are at `batch.source`.
     """
     info = unwrap(model).__dict__.get("_fastalign_policy") or prepare_reward_model(model)
-    if batch.is_padded or not info.flat:
+    if (batch.is_padded or not info.flat) and not per_token:
         logits = _logits(logits_forward(model, batch, **model_kwargs))
         if logits.ndim == 3:
             logits = logits.flatten(0, 1).index_select(0, batch.source)
@@ -98,9 +100,9 @@ def warn_of_untrained_head(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def scores(model: nn.Module, batch: TokenBatch) -> Tensor:
+def scores(model: nn.Module, batch: TokenBatch, *, per_token: bool = False) -> Tensor:
     """The scores (N, C) at `batch.source`, at least fp32, without gradient."""
-    return score_loss(model, batch, lambda found: (found.sum(), found)).result
+    return score_loss(model, batch, lambda found: (found.sum(), found), per_token=per_token).result
 
 
 def _head_forward(model: nn.Module, batch: TokenBatch, op, model_kwargs: dict) -> tuple[Tensor, Any]:

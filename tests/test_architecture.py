@@ -40,6 +40,7 @@ LAYERS = [
         "fastalign.reference_free",
         "fastalign.unpaired",
         "fastalign.bema",
+        "fastalign.value_model",
     ],
     ["fastalign.trainers"],
     ["fastalign.report"],

@@ -2,10 +2,50 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from fastalign_kernels.losses.advantages import generalised_advantages, whiten
 from fastalign_kernels.losses.policy_gradient import kl_estimate
+
+
+@dataclass
+class EpisodeTargets:
+    """What PPO learns from a batch of episodes; S states, of which N are followed by a token of the policy."""
+
+    rewards: Tensor  # (S,)
+    advantages: Tensor  # (N,), whitened
+    returns: Tensor  # (S,)
+
+
+def episode_targets(
+    logp: Tensor,
+    ref_logp: Tensor,
+    values: Tensor,
+    scores: Tensor,
+    rows: Tensor,
+    has_token: Tensor,
+    *,
+    kl_coef: float = 0.05,
+    kl_estimator: str = "k1",
+    whiten_rewards: bool = False,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+) -> EpisodeTargets:
+    """PPO's targets as TRL computes them, from values (S,) of the states, log-probabilities (N,) and scores (B,).
+
+    rows (S,) are ids of runs in [0, B); has_token (S,) bool is False for a last state that no token follows: there
+    the score is given, without a penalty. `whiten_rewards` leaves their mean. No gradient passes.
+    """
+    both = values.new_zeros(2, len(values))
+    both[:, has_token] = torch.stack([logp.detach(), ref_logp.detach()]).to(values.dtype)
+    rewards = penalised_rewards(both[0], both[1], scores, rows, kl_coef=kl_coef, kl_estimator=kl_estimator)
+    if whiten_rewards:
+        rewards = whiten(rewards, shift_mean=False)
+    advantages, returns = generalised_advantages(rewards, values, rows, gamma=gamma, lam=lam)
+    return EpisodeTargets(rewards, whiten(advantages[has_token]), returns)
 
 
 def penalised_rewards(

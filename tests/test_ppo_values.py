@@ -1,0 +1,108 @@
+"""PPO's targets against padded matrices worked through as TRL does, and the critic against its model's own forward."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fastalign_kernels.losses.value import episode_targets
+from ppo_case import scorer
+from tiny import tiny_model
+
+from fastalign.adapters import add_adapter
+from fastalign.data.collate import collate_flat, collate_padded
+from fastalign.models import LoadedModel
+from fastalign.reward_head import prepare_reward_model
+from fastalign.value_model import make_value_model, state_values
+
+F64 = torch.float64
+WIDTH = 6
+LENGTHS = (6, 1, 4, 6, 5)  # those of the full width have no state behind the last token
+
+
+def masked_whiten(values, mask, shift_mean):
+    kept = values[mask]
+    whitened = (values - kept.mean()) * torch.rsqrt(kept.var() + 1e-8)
+    return whitened if shift_mean else whitened + kept.mean()
+
+
+def padded_targets(logp, ref, values, scores, *, kl_coef, kl_estimator, whiten_rewards, gamma, lam):
+    """The same from (B, WIDTH): a score stands behind the last token where there is room, else at it."""
+    place, last = torch.arange(WIDTH), torch.tensor(LENGTHS)[:, None] - 1
+    token, state = place <= last, place <= last + 1
+    d = (ref - logp) * token
+    rewards = -kl_coef * (-d if kl_estimator == "k1" else d.exp() - 1 - d)
+    end = (last + 1).clamp(max=WIDTH - 1)
+    rewards.scatter_add_(1, end, scores[:, None])
+    if whiten_rewards:
+        rewards = masked_whiten(rewards, state, False) * state
+    values, running, out = values * state, torch.zeros(len(LENGTHS), dtype=F64), []
+    for t in reversed(range(WIDTH)):
+        following = values[:, t + 1] if t + 1 < WIDTH else 0.0
+        running = rewards[:, t] + gamma * following - values[:, t] + gamma * lam * running
+        out.insert(0, running)
+    advantages = torch.stack(out, 1)
+    returns = (advantages + values)[state]
+    return masked_whiten(advantages, token, True)[token], returns, token, state
+
+
+@pytest.mark.parametrize("whiten_rewards", [False, True])
+@pytest.mark.parametrize(("kl_estimator", "gamma", "lam"), [("k1", 1.0, 0.95), ("k3", 0.9, 0.7)])
+def test_targets_equal_the_padded_recursion(kl_estimator, gamma, lam, whiten_rewards):
+    torch.manual_seed(0)
+    options = {"kl_coef": 0.3, "kl_estimator": kl_estimator, "gamma": gamma, "lam": lam}
+    logp, ref, values = torch.randn(3, len(LENGTHS), WIDTH, dtype=F64)
+    scores = torch.randn(len(LENGTHS), dtype=F64)
+    advantages, returns, token, state = padded_targets(
+        logp, ref, values, scores, whiten_rewards=whiten_rewards, **options
+    )
+    rows = torch.arange(len(LENGTHS))[:, None].expand(-1, WIDTH)[state]
+    found = episode_targets(
+        logp[token], ref[token], values[state], scores, rows, token[state], whiten_rewards=whiten_rewards, **options
+    )
+    torch.testing.assert_close(found.advantages, advantages)
+    torch.testing.assert_close(found.returns, returns)
+
+
+@pytest.mark.parametrize("allow_flat", [True, False])
+def test_values_are_the_heads_at_every_listed_position(allow_flat):
+    model, ids = scorer(0), [[5, 6, 7, 8], [9, 10], [11, 12, 13]]
+    expected = [model.score(model.model(torch.tensor([row])).last_hidden_state)[0, :, 0] for row in ids]
+    wanted = [[1, 2, 3], [0], [0, 2]]
+    assert prepare_reward_model(model, allow_flat=allow_flat).flat == allow_flat
+    batch = collate_flat(ids) if allow_flat else collate_padded(ids, pad_token_id=0)
+    width = None if allow_flat else batch.input_ids.shape[1]
+    starts = [i * width for i in range(3)] if width else batch.cu_seqlens.tolist()
+    batch.source = torch.tensor([s + p for s, where in zip(starts, wanted, strict=False) for p in where])
+    loss, values = state_values(model, batch, lambda v: ((v * torch.arange(6)).sum(), v.detach()))
+    right = torch.cat([row[where] for row, where in zip(expected, wanted, strict=True)])
+    torch.testing.assert_close(values, right.detach())
+    loss.backward()
+    got = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    (right * torch.arange(6)).sum().backward()
+    for name, grad in got.items():
+        torch.testing.assert_close(grad, dict(model.named_parameters())[name].grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_critic_made_of_the_policy_has_its_body_and_a_head_of_zero(lora):
+    policy, args = tiny_model("qwen2"), SimpleNamespace(gradient_checkpointing=False, deepspeed_plugin=None)
+    expected = policy.model(torch.tensor([[5, 6, 7]])).last_hidden_state
+    if lora:
+        peft = pytest.importorskip("peft")
+        loaded = LoadedModel(policy, None)
+        add_adapter(loaded, peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False), args)
+        policy = loaded.model
+    critic = make_value_model(None, None, policy, args)
+    torch.testing.assert_close(critic.model(torch.tensor([[5, 6, 7]])).last_hidden_state, expected)
+    assert critic.score.weight.shape == (1, 32) and not critic.score.weight.any()
+
+
+def test_critics_that_do_not_fit_are_refused():
+    policy, reward = tiny_model(), scorer(0)
+    with pytest.raises(ValueError, match="same object"):
+        make_value_model(reward, reward, policy, None)
+    with pytest.raises(ValueError, match="one number per token"):
+        make_value_model(tiny_model(seed=1), reward, policy, None)
+    copied = make_value_model(None, reward, policy, None)
+    assert copied is not reward and torch.equal(copied.score.weight, reward.score.weight)
