@@ -1,0 +1,216 @@
+"""vLLM in the process that trains, driven request by request."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..adapters import is_peft_model
+from .engine import Completion, Request, Sampling, SyncReport
+from .vllm_process import Surroundings
+from .weights import TrainingWeights, WeightPath
+
+logger = logging.getLogger(__name__)
+
+KEPT_OPTIONS = ("n", "best_of", "logprobs", "output_kind", "detokenize", "flat_logprobs")  # what the contract decides
+INSTALL = (
+    "vLLM is not installed. On a machine with a GPU: `pip install fastalign[vllm]`; for tests on CPU: `make vllm-cpu`."
+)
+
+
+@dataclass
+class _Pending:
+    key: Any
+    version: int | None = None  # of the weights that gave its first token, once it is known
+
+
+class VLLMEngine:
+    """Samples with vLLM in this process; weights are shared with the training model where that is possible.
+
+    `config` gives `vllm_gpu_memory_utilization`, `vllm_max_model_length`, `vllm_tensor_parallel_size`,
+    `vllm_enable_sleep_mode`, `vllm_model_impl`. ImportError where vLLM is missing, ValueError where it refuses the
+    model or a setting.
+    """
+
+    name = "vllm"
+
+    def __init__(self, model: Any, processing_class: Any, config: Any, *, sampling: Sampling):
+        start = time.perf_counter()
+        self.version = 0
+        self._pending: dict[str, _Pending] = {}
+        self._ids = itertools.count()
+        self._surroundings = Surroundings()
+        self._path = WeightPath(TrainingWeights(model))
+        self._folder = tempfile.TemporaryDirectory(prefix="fastalign_vllm_")
+        self._dtype = engine_dtype(model, config)
+        with self._surroundings.building():
+            self._llm = self._build(processing_class, config, sampling)
+        self.exact = self._dtype == torch.float32 and self._device.type == "cpu"
+        self.start_seconds = time.perf_counter() - start
+
+    def _build(self, processing_class: Any, config: Any, sampling: Sampling) -> Any:
+        try:
+            from vllm import LLM
+        except ImportError as error:
+            raise ImportError(f"{INSTALL} ({error})") from error
+        from . import vllm_loading
+
+        base = self._path.source.base
+        base.config.save_pretrained(self._folder.name)
+        options = vllm_loading.options(base.config, config, self._dtype, sampling)
+        with vllm_loading.weights_from(self._path.load, plain_layout=True):
+            llm = LLM(self._folder.name, **options)
+        engine = llm.llm_engine
+        runner = engine.model_executor.driver_worker.worker.model_runner
+        self._device = torch.device(runner.device)
+        self._max_length = engine.model_config.max_model_len
+        self._path.settle(runner.get_model(), may_share=True)
+        return llm
+
+    @property
+    def way(self) -> str:
+        """How weights reach the engine: "shared", "in place" or "reloaded"; `reason` says why it is no better one."""
+        return self._path.way
+
+    @property
+    def reason(self) -> str:
+        return self._path.reason
+
+    @property
+    def pending(self) -> int:
+        return len(self._pending)
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            self._check(request)
+        with self._surroundings.inside():
+            for request in requests:
+                name = str(next(self._ids))
+                prompt = {"prompt_token_ids": list(request.prompt_ids)}
+                self._llm.llm_engine.add_request(name, prompt, self._sampling_params(request))
+                self._pending[name] = _Pending(request.key)
+
+    def _check(self, request: Request) -> None:
+        length = len(request.prompt_ids)
+        if not length:
+            raise ValueError(f"The prompt of request {request.key!r} is empty.")
+        if length >= self._max_length:
+            raise ValueError(
+                f"The prompt of request {request.key!r} has {length} tokens, but `vllm_max_model_length` (prompt and "
+                f"completion) is {self._max_length}. Raise it, or shorten the prompts."
+            )
+        if request.model_inputs:
+            raise ValueError(
+                f"Request {request.key!r} has {sorted(request.model_inputs)}, which this engine does not pass on: "
+                "set `use_vllm` to False for prompts with images."
+            )
+
+    def _sampling_params(self, request: Request) -> Any:
+        return sampling_params(request.sampling, request.seed)
+
+    def step(self) -> list[Completion]:
+        if not self._pending:
+            return []
+        with self._surroundings.inside():
+            outputs = self._llm.llm_engine.step()
+        return [self._completion(output) for output in outputs if output.finished]
+
+    def _completion(self, output: Any) -> Completion:
+        pending = self._pending.pop(output.request_id)
+        result = output.outputs[0]
+        if result.finish_reason not in ("stop", "length"):
+            raise RuntimeError(f"vLLM ended request {pending.key!r} with {result.finish_reason!r}.")
+        return Completion(
+            key=pending.key,
+            ids=list(result.token_ids),
+            logps=list(result.logprobs.logprobs),
+            finish_reason=result.finish_reason,
+            version=self.version if pending.version is None else pending.version,
+            newest_version=self.version,
+        )
+
+    def abort(self) -> None:
+        with self._surroundings.inside():
+            self._llm.llm_engine.abort_request(list(self._pending))
+        self._pending.clear()
+
+    def sync(self, version: int) -> SyncReport:
+        start = time.perf_counter()
+        with self._surroundings.inside():
+            self._note_versions()
+            way, num_bytes = self._path.push(self._reload)
+            # prompts and pending requests are computed anew: what is cached belongs to older weights
+            self._llm.reset_prefix_cache(reset_running_requests=bool(self._pending))
+        self.version = version
+        return SyncReport(way, time.perf_counter() - start, num_bytes)
+
+    def _reload(self, weights: Any) -> None:
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+
+    def _note_versions(self) -> None:
+        """Remember which pending requests have tokens from the weights that are about to go."""
+        for state in self._llm.llm_engine.output_processor.request_states.values():
+            pending = self._pending.get(state.external_req_id)
+            if pending is not None and pending.version is None and state.detokenizer.num_output_tokens():
+                pending.version = self.version
+
+    def sleep(self) -> None:
+        pass
+
+    def close(self) -> None:
+        if self._llm is None:
+            return
+        with self._surroundings.inside():
+            self._llm.llm_engine.engine_core.shutdown()
+        self._llm = None
+        self._pending.clear()
+        self._surroundings.close()
+        self._folder.cleanup()
+
+
+def engine_dtype(model: Any, config: Any) -> torch.dtype:
+    """What the engine computes in: the training weights' dtype, or that of autocast on an accelerator."""
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    on_device = next(model.parameters()).device.type != "cpu"
+    if dtype == torch.float32 and on_device and getattr(config, "bf16", False):
+        return torch.bfloat16
+    if dtype == torch.float32 and on_device and getattr(config, "fp16", False):
+        return torch.float16
+    return dtype
+
+
+def sampling_params(sampling: Sampling, seed: int | None) -> Any:
+    """vLLM's settings of one request: ids and log-probabilities of the tokens drawn, nothing else."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+    if refused := [name for name in sampling.options if name in KEPT_OPTIONS]:
+        raise ValueError(
+            f"`generation_kwargs` has {refused}, which the trainer decides itself: each request gives one completion "
+            "with the log-probabilities of its tokens."
+        )
+    settings: dict[str, Any] = {
+        "max_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p or 0.0,
+        "repetition_penalty": sampling.repetition_penalty,
+        "stop_token_ids": list(sampling.stop_ids),
+        "ignore_eos": True,  # `stop_ids` alone decide
+        "seed": seed,
+        "logprobs": 0,
+        "flat_logprobs": True,
+        "detokenize": "stop" in sampling.options,
+        "output_kind": RequestOutputKind.FINAL_ONLY,
+    }
+    if sampling.regex is not None:
+        settings["structured_outputs"] = StructuredOutputsParams(regex=sampling.regex)
+    return SamplingParams(**(settings | sampling.options))

@@ -1,0 +1,139 @@
+"""What vLLM changes in a process that it runs in, kept apart from what training sees there."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed.distributed_c10d as c10d
+
+# torch.distributed's tables of groups; the count of groups stays common, so that names of groups never meet
+GROUP_TABLES = ("_pg_map", "_pg_names", "_pg_group_ranks", "_pg_backend_config", "_tags_to_pg", "_pg_to_tag")
+SETTINGS = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process, where its weights can be reached
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CONFIGURE_LOGGING": "1"}  # unless the user says otherwise
+
+
+_replaced: dict[tuple[Any, str], Any] = {}  # functions of torch, that one of the two which is not in place
+_original: dict[tuple[Any, str], Any] = {}  # as they were before vLLM was imported
+
+
+class Surroundings:
+    """Two states of one process, of which one is in place: training's, and inside `with inside()` that of an engine.
+
+    They differ in environment variables, random generators, the default process group of torch.distributed (so that
+    a run of one process stays one for training), functions of torch that vLLM replaces on CPU
+    (`torch.set_num_threads`, `torch.accelerator.synchronize`, ...), number of threads, precision of matrix products.
+    Make it before vLLM is imported.
+    """
+
+    def __init__(self, environment: dict[str, str] | None = None):
+        """`environment` holds variables that the engine needs and training must not see."""
+        if not _original:
+            _original.update(_functions())
+        self._inside = False
+        self._environment: dict[str, str | None] = {k: os.environ.get(k, v) for k, v in QUIET.items()}
+        self._environment |= SETTINGS | (environment or {})
+        self._random = _random_state()
+        self._groups: dict[str, Any] = {name: {} for name in GROUP_TABLES}
+        self._default_group: Any = None
+        self._threads = torch.get_num_threads()
+        self._precision = torch.get_float32_matmul_precision()
+
+    @contextlib.contextmanager
+    def building(self) -> Iterator[None]:
+        """`inside()` where the engine is built, which seeds the generators of Python and numpy too."""
+        state = random.getstate(), np.random.get_state()
+        try:
+            with self.inside():
+                yield
+        finally:
+            random.setstate(state[0])
+            np.random.set_state(state[1])
+            gc.unfreeze()  # the engine hides all objects of now from the garbage collector
+
+    @contextlib.contextmanager
+    def inside(self) -> Iterator[None]:
+        """The engine's state, and training's again on the way out; may be nested."""
+        if self._inside:
+            yield
+            return
+        outside = dict(os.environ)
+        self._exchange()
+        self._inside = True
+        _set_environment(self._environment)
+        try:
+            yield
+        finally:
+            changed = {k for k in outside.keys() | os.environ.keys() if outside.get(k) != os.environ.get(k)}
+            self._environment = {k: os.environ.get(k) for k in changed}
+            _set_environment({k: outside.get(k) for k in changed})
+            self._inside = False
+            for key, function in _original.items():
+                if key not in _replaced and getattr(*key, function) is not function:
+                    _replaced[key] = function
+            self._exchange()
+
+    def close(self) -> None:
+        """End the engine's process groups and keep those of training, which torch would forget with them."""
+        with self.inside():
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+        count = len(c10d._pg_names)
+        for group, name in c10d._pg_names.items():
+            c10d._register_process_group(name, group)
+        c10d._world.group_count = max(c10d._world.group_count, count)
+        gc.unfreeze()
+
+    def _exchange(self) -> None:
+        """Swap the state that is in place with the one that is kept."""
+        kept, self._random = self._random, _random_state()
+        _set_random_state(kept)
+        for name, table in self._groups.items():
+            self._groups[name] = getattr(c10d, name)
+            setattr(c10d, name, table)
+        c10d._world.default_pg, self._default_group = self._default_group, c10d._world.default_pg
+        for key, function in _replaced.items():
+            _replaced[key] = getattr(*key)
+            setattr(*key, function)
+        threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+        if threads != self._threads:
+            torch._C.set_num_threads(self._threads)  # torch.set_num_threads itself is what vLLM replaces
+        if precision != self._precision:
+            torch.set_float32_matmul_precision(self._precision)
+        self._threads, self._precision = threads, precision
+
+
+def _set_environment(values: dict[str, str | None]) -> None:
+    for key, value in values.items():
+        if value is None:
+            os.environ.pop(key, None)
+        elif os.environ.get(key) != value:
+            os.environ[key] = value
+
+
+def _functions() -> dict[tuple[Any, str], Any]:
+    """What torch offers in the modules where vLLM puts its own functions."""
+    modules = (torch, torch.accelerator, torch.cuda)
+    return {(module, name): f for module in modules for name, f in vars(module).items() if callable(f)}
+
+
+def _random_state() -> list[torch.Tensor]:
+    """Of torch's generators: on the CPU and, where it is in use, on the device."""
+    on_device = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []
+    return [torch.get_rng_state(), *on_device]
+
+
+def _set_random_state(state: list[torch.Tensor]) -> None:
+    torch.set_rng_state(state[0])
+    if len(state) > 1:
+        torch.cuda.set_rng_state(state[1])
