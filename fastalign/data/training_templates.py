@@ -165,19 +165,20 @@ def same_rendering(own: str, ours: str, special_tokens: dict[str, Any]) -> bool:
     """
     for number, (messages, arguments) in enumerate(PROBES):
         arguments = special_tokens | arguments
-        expected = _render(own, messages, arguments)
+        expected = render_template(own, messages, arguments)
         if isinstance(expected, TemplateError):
-            if not isinstance(_render(ours, messages, arguments), Exception):
+            if not isinstance(render_template(ours, messages, arguments), Exception):
                 return False
         elif isinstance(expected, str):
-            if _render(ours, messages, arguments | {"as_shipped": True}) != expected:
+            if render_template(ours, messages, arguments | {"as_shipped": True}) != expected:
                 return False
         elif number < 2:
             return False
     return True
 
 
-def _render(template: str, messages: list[dict[str, Any]], arguments: dict[str, Any]) -> str | Exception:
+def render_template(template: str, messages: list[dict[str, Any]], arguments: dict[str, Any]) -> str | Exception:
+    """The messages as text, or the error of the rendering."""
     try:
         return render_jinja_template(conversations=[messages], chat_template=template, **arguments)[0][0]
     except Exception as error:
