@@ -20,7 +20,7 @@ LAYERS = [
     ["fastalign._native"],
     ["fastalign_kernels"],
     ["fastalign.data"],
-    ["fastalign.findings"],
+    ["fastalign.findings", "fastalign.rewards"],
     ["fastalign.config", "fastalign.config_groups", "fastalign.metrics", "fastalign.models", "fastalign.adapters"],
     [
         "fastalign.logit_form",

@@ -120,7 +120,8 @@ class Job:
         self.metrics: dict[str, list[float]] = {}
         self.started = 0.0  # time.monotonic(); 0: waits for its turn
         self.seconds = 0.0
-        self.done = self.abandoned = self.needs_main_thread = False
+        self.done = self.abandoned = False
+        self.needs_main_thread = self.in_main_thread = False
 
     def attempts(self) -> Iterator[Attempt]:
         """The calls to make: all samples at once, and each group alone where that failed."""
@@ -140,8 +141,7 @@ class Job:
         except BaseException as error:
             if self.abandoned or isinstance(error, KeyboardInterrupt):
                 raise
-            if not self.needs_main_thread and isinstance(error, ValueError) and "main thread" in str(error):
-                self.needs_main_thread = True
+            self.needs_main_thread = not self.in_main_thread and _wants_main_thread(error)
             self.lose(attempt.rows, traceback.format_exc())
         else:
             if not self.abandoned:
@@ -201,12 +201,21 @@ class Job:
                 attempt.returned = await self.function(**attempt.arguments())
 
     def finish(self) -> None:
+        """Nothing more comes."""
         self.seconds = time.monotonic() - self.started
         self.done = True
 
-    def retry(self) -> None:
-        """Forget what a thread found, before the main thread runs the job."""
+    def run_in_main_thread(self) -> None:
+        """Call the function here, and forget what came of it in another thread."""
         self.failures, self.error, self.lost = 0, "", [False] * self.size
+        self.in_main_thread, self.started = True, time.monotonic()
+        self.run()
+        self.finish()
+
+
+def _wants_main_thread(error: BaseException) -> bool:
+    """Whether it is Python's complaint about signals in other threads, or math-verify's wording of it."""
+    return isinstance(error, ValueError) and ("main thread" in str(error) or "threaded environment" in str(error))
 
 
 class FunctionThread:

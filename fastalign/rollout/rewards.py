@@ -158,9 +158,13 @@ class RewardPool:
         for k, model in enumerate(self.functions):
             if not isinstance(model, RewardModel):
                 continue
-            key = id(model.processing_class)
+            key = 0 if model.reads_ids else id(model.processing_class)
             if key not in tokenized:
-                tokenized[key] = tokenize(samples, model.processing_class, self.chat_template_kwargs)
+                tokenized[key] = (
+                    [sample.prompt_ids + sample.completion_ids for sample in samples]
+                    if model.reads_ids
+                    else tokenize(samples, model.processing_class, self.chat_template_kwargs)
+                )
             start = time.monotonic()
             parts = model.score(tokenized[key]).split([len(pending.samples) for pending in waiting])
             seconds = (time.monotonic() - start) / len(samples)
@@ -176,10 +180,7 @@ class RewardPool:
             if job.name not in self._main_thread:
                 logger.warning("The reward function %r needs the main thread: it runs there from now on.", job.name)
                 self._main_thread.add(job.name)
-            job.retry()
-            job.started = time.monotonic()
-            job.run()
-            job.finish()
+            job.run_in_main_thread()
 
 
 class PendingScores:
