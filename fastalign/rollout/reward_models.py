@@ -27,9 +27,21 @@ def load_reward_model(name: str, **init_kwargs: Any) -> PreTrainedModel:
 
 
 class RewardModel:
-    """A model with a classification head that scores completions; its first label is the reward."""
+    """A model with a classification head that scores completions; its first label is the reward.
 
-    def __init__(self, model: nn.Module, processing_class: Any, *, device: Any, revision: str | None = None):
+    With `reads_ids` it shares the policy's vocabulary, and is given the ids as sampled instead of their text.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        processing_class: Any,
+        *,
+        device: Any,
+        revision: str | None = None,
+        reads_ids: bool = False,
+    ):
+        self.reads_ids = reads_ids
         self.model = model.to(device).eval()
         self.device = torch.device(device)
         config: Any = getattr(unwrap(model), "config", None)
