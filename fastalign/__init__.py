@@ -13,6 +13,8 @@ _PUBLIC = {  # public name -> module that defines it; imported on first use, so 
     "DPOTrainer": "fastalign.trainers.dpo",
     "DatasetConfig": "fastalign.data.mixture",
     "DatasetMixtureConfig": "fastalign.data.mixture",
+    "GRPOConfig": "fastalign.trainers.grpo",
+    "GRPOTrainer": "fastalign.trainers.grpo",
     "HealthError": "fastalign.loop.health",
     "KTOConfig": "fastalign.trainers.kto",
     "KTOTrainer": "fastalign.trainers.kto",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -20,10 +21,18 @@ class Metrics:
     record the same names equally often between two logs. Training and evaluation are kept apart by `training`.
     """
 
-    def __init__(self, device: torch.device, reduce: Callable[[Tensor], Tensor] | None = None):
+    def __init__(
+        self,
+        device: torch.device,
+        reduce: Callable[[Tensor], Tensor] | None = None,
+        *,
+        rank: int = 0,
+        world: int = 1,
+    ):
         """`reduce` sums a 1-D tensor over the ranks; None in a single process."""
         self.device = device
         self.reduce = reduce
+        self.rank, self.world = rank, world
         # MPS has no fp64; token counts are exact up to 2^24 there
         self.dtype = torch.float32 if device.type == "mps" else torch.float64
         self.reset()
@@ -35,6 +44,7 @@ class Metrics:
         self._folded: dict[bool, dict[str, tuple]] = {True: {}, False: {}}  # (sum of global ratios, how many)
         self._skipping: set[str] = set()  # names whose empty micro-batches do not count
         self._latest: dict[bool, dict[str, Tensor | float]] = {True: {}, False: {}}
+        self._extremes: dict[bool, dict[str, list]] = {True: {}, False: {}}  # [whether the largest, *values]
         self._counts: dict[str, float] = {}  # global, as of the last collection
         self._added: dict[str, float] = {}  # of this rank, since then
         self._logged_counts: dict[bool, set[str]] = {True: set(), False: set()}
@@ -60,6 +70,14 @@ class Metrics:
         """Record a value of which the last one is logged, averaged over the ranks."""
         self._latest[self.training][name] = value.detach() if isinstance(value, Tensor) else value
 
+    def extreme(self, name: str, value: Tensor | float, *, largest: bool) -> None:
+        """Record one micro-batch's smallest or largest value; the mean over micro-batches of that over ranks is logged.
+
+        A value that is not finite is that of a rank which has none.
+        """
+        values = self._extremes[self.training].setdefault(name, [largest])
+        values.append(value.detach() if isinstance(value, Tensor) else value)
+
     def count(self, name: str, amount: int = 0, *, logged: bool = True) -> None:
         """Add to a counter that runs through all of training (summed over ranks, kept in checkpoints).
 
@@ -81,6 +99,8 @@ class Metrics:
         flat += [self._added[name] for name in added]
         for pairs in ratios.values():
             flat += [x for pair in pairs for x in pair]
+        extremes = self._extremes[self.training]
+        flat += [x for kept in extremes.values() for value in kept[1:] for x in self._slots(value)]
         world, values = self._to_host(flat)
         result: dict[str, float] = {}
         for name in (*sums, *latest):
@@ -95,10 +115,31 @@ class Metrics:
             number += sum(1 for _, count in shares if count or name not in self._skipping)
             if number:
                 result[name] = total / number
+        for name, (largest, *kept) in extremes.items():
+            over_ranks = [self._extreme_of(values, largest) for _ in kept]
+            if found := [value for value in over_ranks if value is not None]:
+                result[name] = sum(found) / len(found)
         result.update({name: self._counts[name] for name in sorted(self._logged_counts[self.training])})
-        for part in (ratios, folded, latest, self._added, self._logged_counts[self.training]):
+        for part in (ratios, folded, latest, extremes, self._added, self._logged_counts[self.training]):
             part.clear()
         return result
+
+    def _slots(self, value: Tensor | float) -> list:
+        """(value, whether it is one) of each rank, 0 for the others: their sum over ranks has all of them."""
+        if isinstance(value, Tensor):
+            known = torch.isfinite(value)
+            own = [torch.where(known, value, 0.0), known]
+        else:
+            known = math.isfinite(value)
+            own = [value if known else 0.0, float(known)]
+        slots: list = [0.0] * (2 * self.world)
+        slots[2 * self.rank : 2 * self.rank + 2] = own
+        return slots
+
+    def _extreme_of(self, values: Iterator[float], largest: bool) -> float | None:
+        pairs = [(next(values), next(values)) for _ in range(self.world)]
+        known = [value for value, is_one in pairs if is_one]
+        return (max if largest else min)(known) if known else None
 
     def counts(self) -> dict[str, float]:
         """The global counters, as of the last `collect`."""
@@ -122,13 +163,21 @@ class Metrics:
         latest = {n: float(value) for n, value in self._latest[True].items()}
         folded = {n: (float(total), float(number)) for n, (total, number) in self._folded[True].items()}
         counted = sorted(self._logged_counts[True])
-        return {"ratios": ratios, "folded": folded, "latest": latest, "logged_counts": counted}
+        extremes = {n: [kept[0], *map(float, kept[1:])] for n, kept in self._extremes[True].items()}
+        return {
+            "ratios": ratios,
+            "folded": folded,
+            "latest": latest,
+            "extremes": extremes,
+            "logged_counts": counted,
+        }
 
     def load_state_dict(self, state: dict) -> None:
         """Continue a training window."""
         self._ratios[True] = {name: list(pairs) for name, pairs in state["ratios"].items()}
         self._folded[True] = dict(state["folded"])
         self._latest[True] = dict(state["latest"])
+        self._extremes[True] = dict(state.get("extremes", {}))
         self._logged_counts[True] = set(state["logged_counts"])
 
     def _to_host(self, flat: list):

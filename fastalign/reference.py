@@ -39,15 +39,9 @@ LEFT_OUT = ("_name_or_path", "base_model_name_or_path", "use_cache", "transforme
 
 
 @dataclass
-class ReferenceArgs:
-    """Where the reference's log-probabilities come from."""
+class MovingReferenceArgs:
+    """How the reference follows the policy."""
 
-    precompute_ref_log_probs: bool = arg(
-        False, "Compute the reference's log-probabilities once, before training, and keep them on disk."
-    )
-    precompute_ref_batch_size: int | None = arg(
-        None, "Examples in a batch of that pass; unset: the batch size of training or evaluation."
-    )
     sync_ref_model: bool = arg(False, "Move the reference towards the policy while training (arXiv:2404.09656).")
     ref_model_mixup_alpha: float = arg(0.6, "Share of the policy in the new reference when they are synchronised.")
     ref_model_sync_steps: int = arg(512, "Optimizer steps between two synchronisations.")
@@ -59,10 +53,28 @@ class ReferenceArgs:
         """Refuse values that make no sense (ValueError)."""
         if not 0 <= self.ref_model_mixup_alpha <= 1:
             raise ValueError(f"`ref_model_mixup_alpha` is {self.ref_model_mixup_alpha}; it must be from 0 to 1.")
-        for name in ("ref_model_sync_steps", "precompute_ref_batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` is {value}; it must be at least 1.")
+        if self.ref_model_sync_steps < 1:
+            raise ValueError(f"`ref_model_sync_steps` is {self.ref_model_sync_steps}; it must be at least 1.")
+
+
+@dataclass
+class ReferenceArgs(MovingReferenceArgs):
+    """Where the reference's log-probabilities come from."""
+
+    precompute_ref_log_probs: bool = arg(
+        False, "Compute the reference's log-probabilities once, before training, and keep them on disk."
+    )
+    precompute_ref_batch_size: int | None = arg(
+        None, "Examples in a batch of that pass; unset: the batch size of training or evaluation."
+    )
+
+    def check_reference_args(self) -> None:
+        """Refuse values that make no sense (ValueError)."""
+        super().check_reference_args()
+        if self.precompute_ref_batch_size is not None and self.precompute_ref_batch_size < 1:
+            raise ValueError(
+                f"`precompute_ref_batch_size` is {self.precompute_ref_batch_size}; it must be at least 1."
+            )
         if self.sync_ref_model and self.precompute_ref_log_probs:
             raise ValueError(
                 "`sync_ref_model=True` changes the reference while training, so `precompute_ref_log_probs=True` would "
@@ -108,7 +120,7 @@ class Reference:
                 "`sync_ref_model=True` is not supported with adapters: their reference is the model without the "
                 "adapter, which nothing may change. Set it to False, or train all weights."
             )
-        cached, sharded = args.precompute_ref_log_probs, is_fsdp(trainer.accelerator)
+        cached, sharded = getattr(args, "precompute_ref_log_probs", False), is_fsdp(trainer.accelerator)
         if cached and sharded and source != "model":
             raise ValueError(
                 "`precompute_ref_log_probs=True` is not supported for adapters under FSDP, which shards the model "
@@ -144,16 +156,16 @@ class Reference:
             )
         return torch.stack([batch.extras[name].float() for name in self.columns], 1).flatten()
 
-    def token_logps(self, model: Any, batch: TokenBatch) -> Tensor:
+    def token_logps(self, model: Any, batch: TokenBatch, temperature: float = 1.0) -> Tensor:
         """(N,) fp32 log-probabilities of the scored tokens, one forward without gradient; not from a cache."""
         accelerator = self.trainer.accelerator
         if self._source == "model":
             assert self.model is not None
             with accelerator.autocast():
-                return token_stats(self.model, batch).stats.logp
+                return token_stats(self.model, batch, temperature=temperature).stats.logp
         inner = accelerator.unwrap_model(model, keep_torch_compile=False)
         with _evaluating(inner), _adapter(inner, self._source), accelerator.autocast():
-            return token_stats(self.trainer.model, batch).stats.logp
+            return token_stats(self.trainer.model, batch, temperature=temperature).stats.logp
 
     # Cached log-probabilities
 

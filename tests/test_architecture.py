@@ -42,6 +42,7 @@ LAYERS = [
         "fastalign.bema",
         "fastalign.value_model",
     ],
+    ["fastalign.sampled_data"],
     ["fastalign.trainers"],
     ["fastalign.report"],
     ["fastalign.cli", "fastalign.demo", "fastalign.__main__"],

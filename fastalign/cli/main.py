@@ -53,6 +53,7 @@ TRAINERS = {  # name -> (what it does, X where fastalign.XConfig and fastalign.X
     "dpo": ("preference optimisation on pairs of answers (DPO and its relatives)", "DPO"),
     "kto": ("KTO and APO-zero on answers judged good or bad", "KTO"),
     "bco": ("BCO on answers judged good or bad", "BCO"),
+    "grpo": ("completions of a prompt judged against each other (GRPO and its relatives)", "GRPO"),
     "reward": ("reward model from pairs of answers", "Reward"),
     "prm": ("process reward model from judged steps", "PRM"),
 }

@@ -200,12 +200,17 @@ class StepSampler(BatchSampler):
         self.skip_steps = 0
 
 
+def knows_steps(sampler: Any) -> bool:
+    """Whether a loader's batch sampler is a `StepSampler`, or has what one has for the loop: `seek` and `sizes`."""
+    return hasattr(sampler, "seek") and hasattr(sampler, "sizes")
+
+
 def batches_of_steps(iterator: Iterator, sampler, accumulation: int) -> Iterator[tuple[list[Any], int]]:
     """(batches of one optimizer step, how many there would be without a token budget); the last step may be shorter.
 
-    `iterator` is that of a DataLoader; `sampler` its batch sampler, where it is a `StepSampler` the steps are its.
+    `iterator` is that of a DataLoader; `sampler` its batch sampler, where it `knows_steps` the steps are its.
     """
-    if isinstance(sampler, StepSampler):
+    if knows_steps(sampler):
         while (first := next(iterator, None)) is not None:
             size, nominal = sampler.sizes.popleft()
             yield [first, *(next(iterator) for _ in range(size - 1))], nominal

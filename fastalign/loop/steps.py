@@ -10,7 +10,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 
 from . import checkpoint, optimization
-from .batching import StepSampler, batches_of_steps
+from .batching import batches_of_steps, knows_steps
 from .model_inputs import count_tokens, flops_per_token
 from .plan import TrainingPlan
 
@@ -23,13 +23,13 @@ def run_epoch(trainer, loader, plan: TrainingPlan, epoch: int, skip: int = 0, re
     trainer.control = handler.on_epoch_begin(args, trainer.state, trainer.control)
     sampler = getattr(loader, "batch_sampler", None)
     _set_epoch(loader, epoch)
-    if isinstance(sampler, StepSampler):
-        sampler.seek(epoch, skip)
+    if knows_steps(sampler):
+        sampler.seek(epoch, skip)  # pyright: ignore[reportOptionalMemberAccess]
     if resumed is not None and skip == 0:
         checkpoint.load_rng_state(trainer, resumed)  # the checkpoint is older than the draw that the next line makes
     iterator = iter(loader)
     done = skip * args.gradient_accumulation_steps
-    if not isinstance(sampler, StepSampler):
+    if not knows_steps(sampler):
         for _ in range(done):
             next(iterator, None)
     if resumed is not None and skip > 0:
@@ -59,26 +59,36 @@ def _set_epoch(loader, epoch: int) -> None:
 
 
 def run_step(trainer, batches: list, epoch: float) -> None:
-    """One optimizer step: forward and backward of its micro-batches, clip, update, schedule, log."""
+    """One step: its optimizer updates (one, unless the trainer makes more of its batches), schedule, log."""
     args, accelerator, handler = trainer.args, trainer.accelerator, trainer.callback_handler
-    loss = accumulate_gradients(trainer, batches)
-    if loss is None:
-        return
-    trainer.window.grad_norm = optimization.clip_gradients(trainer, trainer.model_wrapped)
-    refuse_non_finite(trainer, loss)
-    trainer.window.loss += loss
-    trainer.control = handler.on_pre_optimizer_step(args, trainer.state, trainer.control)
-    trainer.optimizer.step()
-    trainer.control = handler.on_optimizer_step(args, trainer.state, trainer.control)
+    updates = trainer.updates(batches)
+    for update in updates:
+        if not run_update(trainer, update, 1 / len(updates)):
+            return
     trainer.window.learning_rate = optimization.learning_rate(trainer)
     waits = isinstance(trainer.lr_scheduler, optimization.WAITS_FOR_METRICS)
     if not accelerator.optimizer_step_was_skipped and not waits:
         trainer.lr_scheduler.step()
-    trainer.model_wrapped.zero_grad()
     trainer.state.global_step += 1
     trainer.state.epoch = epoch
     trainer.control = handler.on_step_end(args, trainer.state, trainer.control)
     trainer._log_evaluate_save()
+
+
+def run_update(trainer, batches: list, share: float = 1.0) -> bool:
+    """Forward and backward of micro-batches, clip, update; False if a callback stopped it. `share` of the step."""
+    args, handler = trainer.args, trainer.callback_handler
+    loss = accumulate_gradients(trainer, batches)
+    if loss is None:
+        return False
+    trainer.window.grad_norm = optimization.clip_gradients(trainer, trainer.model_wrapped)
+    refuse_non_finite(trainer, loss)
+    trainer.window.loss += loss * share
+    trainer.control = handler.on_pre_optimizer_step(args, trainer.state, trainer.control)
+    trainer.optimizer.step()
+    trainer.control = handler.on_optimizer_step(args, trainer.state, trainer.control)
+    trainer.model_wrapped.zero_grad()
+    return True
 
 
 def accumulate_gradients(trainer, batches: list) -> Tensor | None:

@@ -100,7 +100,8 @@ class Trainer(RunOutputs):
         )
         self.model_accepts_loss_kwargs = accepts_loss_kwargs(self.model)
         self.label_smoother = LabelSmoother(args.label_smoothing_factor) if args.label_smoothing_factor else None
-        self.metrics = Metrics(args.device, self._sum_over_ranks if self.world > 1 else None)
+        reduce = self._sum_over_ranks if self.world > 1 else None
+        self.metrics = Metrics(args.device, reduce, rank=self.rank, world=self.world)
         self.health = Health(self)
         self._signature_columns: list[str] | None = None
         self._eval_loaders: dict[tuple[int, bool], tuple] = {}
@@ -160,10 +161,18 @@ class Trainer(RunOutputs):
 
     # Optimizer
 
+    def trained_module(self) -> nn.Module:
+        """What is wrapped and optimised: the model, or one that holds it and what is trained beside it."""
+        return self.model
+
+    def updates(self, batches: list) -> list[list]:
+        """The batches of each optimizer update of a step: all of them are one."""
+        return [batches]
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make `self.optimizer` unless it was given."""
         if self.optimizer is None:
-            self.optimizer = optimization.create_optimizer(self, self.model if model is None else model)
+            self.optimizer = optimization.create_optimizer(self, self.trained_module() if model is None else model)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):

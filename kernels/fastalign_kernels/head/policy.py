@@ -47,8 +47,9 @@ def _check(tokens: PolicyTokens, objective: PolicyObjective, num_rows: int | Non
     if objective.needs_rows and (tokens.rows is None or num_rows is None):
         raise ValueError(
             f"rows or num_rows is not given: loss_type={objective.loss_type!r} with "
-            f"importance_sampling_level={objective.importance_sampling_level!r} and off_policy_mask_threshold="
-            f"{objective.off_policy_mask_threshold} looks at whole rows"
+            f"importance_sampling_level={objective.importance_sampling_level!r}, off_policy_mask_threshold="
+            f"{objective.off_policy_mask_threshold} and correction_mode={objective.correction_mode!r} looks at whole "
+            "rows"
         )
     if objective.beta != 0.0 and tokens.ref_logp is None:
         raise ValueError(f"beta={objective.beta} needs the reference: give ref_logp, or ref_hidden")
@@ -70,6 +71,8 @@ class _LossFunction:
             return loss
         assert part.entropy is not None
         mask = self.tokens.entropy_mask
+        if mask is None and known.entropy_weights is not None:
+            return loss - self.objective.entropy_coef * (part.entropy * known.entropy_weights).sum()
         if mask is None:
             return loss - self.objective.entropy_coef / len(self.tokens.weights) * part.entropy.sum()
         return loss - self.objective.entropy_coef * (part.entropy * mask[span]).sum() / mask.sum().clamp(min=1.0)
@@ -109,6 +112,7 @@ def linear_policy_loss(
     ref_logp: Tensor | None = None,
     sampling_logp: Tensor | None = None,
     importance_weights: Tensor | None = None,
+    entropy_weights: Tensor | None = None,
     ref_hidden: Tensor | None = None,
     ref_weight: Tensor | None = None,
     ref_bias: Tensor | None = None,
@@ -142,7 +146,9 @@ def linear_policy_loss(
         with torch.no_grad():
             head = weight if ref_weight is None else ref_weight
             ref_logp = stats(ref_hidden, head, targets, bias=ref_bias, form=form, chunk=chunk, shard=shard).logp
-    tokens = PolicyTokens(advantages, weights, ids, old_logp, ref_logp, sampling_logp, importance_weights)
+    tokens = PolicyTokens(
+        advantages, weights, ids, old_logp, ref_logp, sampling_logp, importance_weights, entropy_weights
+    )
     _check(tokens, objective, num_rows, targets.shape[0])
     groups = rows if objective.needs_rows else None
     logits_size = hidden.element_size() if hidden.device.type == "cpu" else 4

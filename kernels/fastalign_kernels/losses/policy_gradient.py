@@ -20,7 +20,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastalign_kernels.losses.corrections import divergence_mask, off_policy_mask
+from fastalign_kernels.losses.corrections import (
+    CORRECTION_MODES,
+    divergence_mask,
+    importance_weights,
+    off_policy_mask,
+)
 from fastalign_kernels.losses.row_sums import Rows
 
 LEVELS = ("token", "sequence")
@@ -47,6 +52,9 @@ class PolicyObjective:
     vespo_lambda_neg: float = 2.0
     clip_ratio_c: float = 20.0  # dppo: the largest ratio
     off_policy_mask_threshold: float | None = None  # nats per token
+    correction_mode: str | None = None  # of `corrections.importance_weights`, for engines that differ; None: none
+    correction_max: float | None = 3.0
+    correction_min: float | None = None
     top_entropy_quantile: float = 1.0
     entropy_coef: float = 0.0
 
@@ -55,9 +63,10 @@ class PolicyObjective:
             ("loss_type", tuple(POLICY_LOSSES)),
             ("importance_sampling_level", LEVELS),
             ("kl_estimator", KL_ESTIMATORS),
+            ("correction_mode", (None, *CORRECTION_MODES)),
         ):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}")
+                raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(map(str, allowed))}")
         if not 0.0 < self.top_entropy_quantile <= 1.0:
             raise ValueError(f"top_entropy_quantile={self.top_entropy_quantile}: give a number above 0, at most 1")
 
@@ -72,6 +81,7 @@ class PolicyObjective:
             self.importance_sampling_level == "sequence"
             or self.loss_type in ROW_LOSSES
             or self.off_policy_mask_threshold is not None
+            or not (self.correction_mode or "token").startswith("token")
         )
 
 
@@ -82,10 +92,11 @@ class PolicyTokens:
     advantages: Tensor  # a row's advantage at each of its tokens, or per token
     weights: Tensor  # of each token's term in the sum: `token_weights`
     rows: Tensor | None = None  # int64 non-decreasing; needed where `PolicyObjective.needs_rows`
-    old_logp: Tensor | None = None  # None: the policy itself made the batch (w = 1, with gradient)
+    old_logp: Tensor | None = None  # None, or NaN: the policy itself made the batch (w = 1, with gradient)
     ref_logp: Tensor | None = None  # of the reference, where beta is not 0
     sampling_logp: Tensor | None = None  # as sampled (NaN: unknown); None: old_logp. For OPSM and dppo
-    importance_weights: Tensor | None = None  # `corrections.importance_weights`
+    importance_weights: Tensor | None = None  # None: made from `sampling_logp` where `correction_mode` is set
+    entropy_weights: Tensor | None = None  # of the entropy bonus; None: their mean
     entropy_mask: Tensor | None = None  # 1 or 0: `corrections.high_entropy_mask`
 
     def slice(self, span: slice) -> PolicyTokens:
@@ -106,6 +117,7 @@ class PolicyTerms:
     clip_low: Tensor | None = None  # bool: below the lower bound at negative advantage
     clip_high: Tensor | None = None  # bool: above the upper bound at positive advantage (cispo: above epsilon_high)
     phi: Tensor | None = None  # vespo's weight of the row
+    importance: Tensor | None = None  # weights that `correction_mode` has made
 
     def detached(self) -> PolicyTerms:
         return replace(self, loss=self.loss.detach())
@@ -231,6 +243,18 @@ def policy_terms(logp: Tensor, tokens: PolicyTokens, objective: PolicyObjective,
     o = objective
     rows = Rows(tokens.rows, num_rows) if o.needs_rows and tokens.rows is not None else None
     old = logp.detach() if tokens.old_logp is None else tokens.old_logp
+    if tokens.old_logp is not None:
+        old = torch.where(old.isnan(), logp.detach(), old)
+    if o.correction_mode is not None and tokens.sampling_logp is not None and tokens.importance_weights is None:
+        made = importance_weights(
+            old,
+            tokens.sampling_logp,
+            mode=o.correction_mode,  # pyright: ignore[reportArgumentType] (checked by PolicyObjective)
+            clip_max=o.correction_max,
+            clip_min=o.correction_min,
+            rows=rows,
+        )
+        tokens = replace(tokens, importance_weights=made)
     log_ratio = logp - old
     ratio = log_ratio.exp()
     if rows is not None and o.importance_sampling_level == "sequence":
@@ -252,7 +276,8 @@ def policy_terms(logp: Tensor, tokens: PolicyTokens, objective: PolicyObjective,
             kl = kl * ratio
         loss = loss + o.beta * kl
     detached = None if kl is None else kl.detach()
-    return PolicyTerms(loss, found.ratio.detach(), detached, found.low, found.high, found.phi)
+    importance = tokens.importance_weights if o.correction_mode is not None else None
+    return PolicyTerms(loss, found.ratio.detach(), detached, found.low, found.high, found.phi, importance)
 
 
 def token_weights(
