@@ -168,7 +168,8 @@ def prepare_model(trainer) -> None:
         trainer.optimizer, trainer.lr_scheduler = deepspeed_init(trainer, num_training_steps=trainer.args.max_steps)
     else:
         trainer.create_optimizer()
-    trainer.model_wrapped, trainer.optimizer = accelerator.prepare(trainer.model, trainer.optimizer)
+    trained = getattr(trainer, "trained_module", trainer.model)  # a module that holds more than the model
+    trainer.model_wrapped, trainer.optimizer = accelerator.prepare(trained, trainer.optimizer)
     if is_fsdp(accelerator):
         trainer.model = trainer.model_wrapped
         if hasattr(trainer.model, "generate"):

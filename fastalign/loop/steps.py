@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from itertools import groupby
 
 import torch
 from accelerate.utils import DistributedType
@@ -59,9 +60,9 @@ def _set_epoch(loader, epoch: int) -> None:
 
 
 def run_step(trainer, batches: list, epoch: float) -> None:
-    """One step: its optimizer updates (one, unless the trainer makes more of its batches), schedule, log."""
+    """One step: its optimizer updates, schedule, log. Batches that name another `step` are an update of their own."""
     args, accelerator, handler = trainer.args, trainer.accelerator, trainer.callback_handler
-    updates = trainer.updates(batches)
+    updates = [list(part) for _, part in groupby(batches, key=lambda batch: id(getattr(batch, "step", None)))]
     for update in updates:
         if not run_update(trainer, update, 1 / len(updates)):
             return
