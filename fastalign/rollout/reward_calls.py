@@ -1,7 +1,7 @@
 """Calls of reward functions: what they are given, what they may return, and the threads and the loop they run on.
 
-A `Job` is one function's work on one submission. It calls the function with all samples; where that fails and there
-are several groups, it calls it again with each group alone, so that a failure costs the groups it belongs to.
+A `Job` is one function's work on one submission. It calls the function with all samples; where that raises and there
+are several groups, it calls it again with each group alone, so that an error costs the groups it belongs to.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def accepted_names(function: Callable) -> set[str] | None:
 def list_arguments(samples: list, trainer_state: Any) -> dict[str, list]:
     """What TRL's GRPO passes: prompts, completions, their ids, every other column, environments; lists of n."""
     rows = [{**sample.row, **sample.extras} for sample in samples]
-    columns = {name: [row.get(name) for row in rows] for name in rows[0] if name not in OWN_COLUMNS}
+    columns = {name: [row.get(name) for row in rows] for name in (rows[0] if rows else ()) if name not in OWN_COLUMNS}
     columns["prompts"] = [row.get("prompt") for row in rows]
     columns["completions"] = [sample.completion for sample in samples]
     columns["completion_ids"] = [sample.completion_ids for sample in samples]
@@ -120,13 +120,13 @@ class Job:
         self.metrics: dict[str, list[float]] = {}
         self.started = 0.0  # time.monotonic(); 0: waits for its turn
         self.seconds = 0.0
-        self.done = self.abandoned = False
+        self.done = self.abandoned = self.raised = False
         self.needs_main_thread = self.in_main_thread = False
 
     def attempts(self) -> Iterator[Attempt]:
         """The calls to make: all samples at once, and each group alone where that failed."""
         yield Attempt(self, range(self.size))
-        if self.error and len(self.groups) > 1 and not self.needs_main_thread:
+        if self.raised and len(self.groups) > 1 and not self.needs_main_thread:
             for group in self.groups:
                 if self.abandoned:
                     return
@@ -135,8 +135,10 @@ class Job:
     @contextlib.contextmanager
     def settle(self, attempt: Attempt) -> Iterator[None]:
         """Around a call: takes what it returned, or keeps what went wrong to its rows."""
+        self.raised = True
         try:
             yield
+            self.raised = False  # what returns the wrong count is wrong: another count might fit by chance
             values = attempt.values()
         except BaseException as error:
             if self.abandoned or isinstance(error, KeyboardInterrupt):

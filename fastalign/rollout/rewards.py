@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -126,7 +127,7 @@ class RewardPool:
     def submit(self, samples: list[Sample], trainer_state: Any = None) -> PendingScores:
         """Start scoring `samples`, whole groups of equal prompts one after the other; returns at once."""
         state = copy.copy(trainer_state)  # as it is now, whatever training does meanwhile
-        groups, given = split_groups(samples), list_arguments(samples, state) if samples else {}
+        groups, given = split_groups(samples), list_arguments(samples, state)
         pending = PendingScores(self, samples)
         for k, (name, function) in enumerate(zip(self.names, self.functions, strict=True)):
             if isinstance(function, RewardModel) or not samples:
@@ -236,7 +237,7 @@ def split_groups(samples: list[Sample]) -> list[range]:
     starts = [
         i for i, sample in enumerate(samples) if not i or sample.row.get("prompt") != samples[i - 1].row.get("prompt")
     ]
-    return [range(a, b) for a, b in zip(starts, [*starts[1:], len(samples)], strict=True)]
+    return [range(a, b) for a, b in pairwise([*starts, len(samples)])]
 
 
 def _as_list(value: Any) -> list:
