@@ -133,7 +133,7 @@ class ChatTokens:
         """Ids of tool messages and of the next turn's opening, to follow a turn that ended with `last_id`.
 
         They are what the template adds to a dummy conversation, so that nothing the policy sampled is tokenised again.
-        A stop token that opens the answer too (GLM, Gemma) is not repeated.
+        A stop token that opens the answer too (GLM) is not repeated.
         """
         name = answers[0]["name"]
         call = {"type": "function", "function": {"name": name, "arguments": {}}}

@@ -97,9 +97,11 @@ class ToolRunner:
             await self._threads.acquire()
             work = self._in_thread(function, arguments, owner)
         task = asyncio.ensure_future(work)
-        done, _ = await asyncio.wait({task}, timeout=self.timeout)
+        try:
+            done, _ = await asyncio.wait({task}, timeout=self.timeout)
+        finally:
+            task.cancel()  # of no effect on what is done
         if not done:
-            task.cancel()
             raise TimeoutError(f"timed out after {self.timeout:g} s")
         return task.result()
 
