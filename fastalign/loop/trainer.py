@@ -161,18 +161,10 @@ class Trainer(RunOutputs):
 
     # Optimizer
 
-    def trained_module(self) -> nn.Module:
-        """What is wrapped and optimised: the model, or one that holds it and what is trained beside it."""
-        return self.model
-
-    def updates(self, batches: list) -> list[list]:
-        """The batches of each optimizer update of a step: all of them are one."""
-        return [batches]
-
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make `self.optimizer` unless it was given."""
         if self.optimizer is None:
-            self.optimizer = optimization.create_optimizer(self, self.trained_module() if model is None else model)
+            self.optimizer = optimization.create_optimizer(self, self.model if model is None else model)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
