@@ -74,3 +74,12 @@ def test_seeds_differ_by_every_part():
         episode_seed(seed, i, j, turn) for seed in (-1, 0, 5) for i in range(4) for j in range(4) for turn in (0, 1)
     }
     assert len(seeds) == 3 * 4 * 4 * 2 and all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_images_are_refused():
+    rollouts = Rollouts(ScriptedEngine(echo), tiny_tokenizer(), SAMPLING)
+    with pytest.raises(ValueError, match="A row has images"):
+        next(rollouts.run([{"prompt": "what", "images": [object()]}], 1, seed=0))
+    parts = [{"type": "text", "text": "what"}, {"type": "image", "image": object()}]
+    with pytest.raises(ValueError, match=r"content of type \['image'\]"):
+        next(rollouts.run([{"prompt": [{"role": "user", "content": parts}]}], 1, seed=0))

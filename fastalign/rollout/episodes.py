@@ -195,6 +195,8 @@ class _Run:
         rollouts = self.rollouts
         requests = []
         for index, row in enumerate(self.rows):
+            if row.get("image") is not None or row.get("images"):
+                raise ValueError("A row has images, and rollouts take text only; remove the column from the dataset.")
             keys = [(index, number) for number in range(len(self.samples[index]))]
             if rollouts.environments is not None:
                 rollouts.environments.name_of(row)
