@@ -120,18 +120,11 @@ class RewardArgs:
 
 
 @dataclass
-class BatchArgs:
-    """How many completions, in which batches, learned from how often."""
+class GroupArgs:
+    """How many completions of which prompts, and how they are put into batches."""
 
     num_generations: int = arg(8, "Completions of each prompt.")
     num_generations_eval: int | None = arg(None, "Completions of each prompt in evaluation; unset: as in training.")
-    generation_batch_size: int | None = arg(
-        None, "Completions generated at once, over all processes; unset: those of `steps_per_generation`."
-    )
-    steps_per_generation: int | None = arg(
-        None, "Micro-batches that one generation fills; unset: `gradient_accumulation_steps`."
-    )
-    num_iterations: int = arg(1, "Times that a generation is learned from.")
     shuffle_dataset: bool = arg(True, "Take the prompts in random order.")
     share_prefix: bool | None = arg(
         None, "Compute a prompt once for its completions in a micro-batch; unset: where that saves 15% of the tokens."
@@ -143,8 +136,8 @@ class BatchArgs:
         """`pad_to_multiple_of` as a number of tokens, None for no padding."""
         return self.pad_to_multiple_of if isinstance(self.pad_to_multiple_of, int) else None
 
-    def check_batch_args(self, name: str, least_generations: int = 2) -> None:
-        """Fill in what depends on other fields; ValueError where batches do not hold whole groups."""
+    def check_group_args(self, name: str, generation_batch_size: int, least_generations: int) -> None:
+        """ValueError where batches do not hold whole groups; reads `pad_to_multiple_of`."""
         config: Any = self
         if isinstance(self.pad_to_multiple_of, str):
             value = self.pad_to_multiple_of.lower()
@@ -154,32 +147,13 @@ class BatchArgs:
                 f"`auto_find_batch_size` is not supported by {name}: a smaller batch may not hold whole groups of "
                 "`num_generations`. Set it to False and lower `per_device_train_batch_size`."
             )
-        at_once = config.per_device_train_batch_size * config.world_size
-        if self.generation_batch_size is not None and self.steps_per_generation is not None:
+        if self.num_generations < least_generations:
             raise ValueError(
-                f"`generation_batch_size` is {self.generation_batch_size} and `steps_per_generation` "
-                f"{self.steps_per_generation}: one follows from the other, set one of them."
+                f"`num_generations` is {self.num_generations}; {name} needs at least {least_generations}."
             )
-        if self.generation_batch_size is not None:
-            if self.generation_batch_size % at_once:
-                raise ValueError(
-                    f"`generation_batch_size` is {self.generation_batch_size}; it must be a multiple of the "
-                    f"{at_once} completions that all processes learn from at once (per_device_train_batch_size "
-                    f"{config.per_device_train_batch_size} * processes {config.world_size})."
-                )
-            self.steps_per_generation = self.generation_batch_size // at_once
-        elif self.steps_per_generation is None:
-            self.steps_per_generation = config.gradient_accumulation_steps
-        self.generation_batch_size = at_once * self.steps_per_generation
-        for field in ("num_iterations", "steps_per_generation", "num_generations"):
-            if getattr(self, field) < (least_generations if field == "num_generations" else 1):
-                raise ValueError(
-                    f"`{field}` is {getattr(self, field)}; {name} needs at least "
-                    f"{least_generations if field == 'num_generations' else 1}."
-                )
-        if self.generation_batch_size % self.num_generations:
+        if generation_batch_size % self.num_generations:
             raise ValueError(
-                f"`generation_batch_size` is {self.generation_batch_size} (per_device_train_batch_size * processes * "
+                f"`generation_batch_size` is {generation_batch_size} (per_device_train_batch_size * processes * "
                 f"steps_per_generation); it must be a multiple of `num_generations`={self.num_generations}, so that "
                 "it holds whole groups."
             )
@@ -197,6 +171,44 @@ class BatchArgs:
                 f"{config.per_device_eval_batch_size} * processes {config.world_size}); it must be a multiple of the "
                 f"{groups_of} of each prompt (`num_generations_eval`, or `num_generations`)."
             )
+
+
+@dataclass
+class BatchArgs(GroupArgs):
+    """How many completions are generated at once, and learned from how often."""
+
+    generation_batch_size: int | None = arg(
+        None, "Completions generated at once, over all processes; unset: those of `steps_per_generation`."
+    )
+    steps_per_generation: int | None = arg(
+        None, "Micro-batches that one generation fills; unset: `gradient_accumulation_steps`."
+    )
+    num_iterations: int = arg(1, "Times that a generation is learned from.")
+
+    def check_batch_args(self, name: str, least_generations: int = 2) -> None:
+        """Fill in what depends on other fields; ValueError where batches do not hold whole groups."""
+        config: Any = self
+        at_once = config.per_device_train_batch_size * config.world_size
+        if self.generation_batch_size is not None and self.steps_per_generation is not None:
+            raise ValueError(
+                f"`generation_batch_size` is {self.generation_batch_size} and `steps_per_generation` "
+                f"{self.steps_per_generation}: one follows from the other, set one of them."
+            )
+        if self.generation_batch_size is not None:
+            if self.generation_batch_size % at_once:
+                raise ValueError(
+                    f"`generation_batch_size` is {self.generation_batch_size}; it must be a multiple of the "
+                    f"{at_once} completions that all processes learn from at once (per_device_train_batch_size "
+                    f"{config.per_device_train_batch_size} * processes {config.world_size})."
+                )
+            self.steps_per_generation = self.generation_batch_size // at_once
+        elif self.steps_per_generation is None:
+            self.steps_per_generation = config.gradient_accumulation_steps
+        self.generation_batch_size = at_once * self.steps_per_generation
+        for field in ("num_iterations", "steps_per_generation"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"`{field}` is {getattr(self, field)}; {name} needs at least 1.")
+        self.check_group_args(name, self.generation_batch_size, least_generations)
 
 
 @dataclass
