@@ -1,8 +1,8 @@
-"""One storage for the weights that train and the weights that sample: parameters become views of an engine's tensors."""
+"""One storage for weights that train and weights that sample: parameters become views of an engine's tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -36,28 +36,32 @@ class Twins:
     reason: str = ""  # why the engine's tensors cannot be addressed one by one; '' where they can
 
 
-def find_twins(engine_model: nn.Module, names: Mapping[str, Iterable[int]]) -> Twins:
-    """Where the engine keeps the values of each training parameter (name -> shape, tied names included).
+def find_twins(engine_model: nn.Module, tensors: Mapping[str, Tensor]) -> Twins:
+    """Where the engine keeps the values of each training parameter (name -> tensor, further names of tied ones too).
 
     Names decide: the same name, or the rows of a fused layer. Whether values agree is for the caller to check, since
     an engine may keep a matrix transposed or packed.
     """
     engine = {name.replace(".base_layer.", "."): p.data for name, p in engine_model.named_parameters()}
     engine |= _tied(engine_model, engine)
-    shapes = {name: torch.Size(shape) for name, shape in names.items()}
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
     fused = FUSED | dict(getattr(engine_model, "packed_modules_mapping", None) or {})
     parents = {part: (whole, parts) for whole, parts in fused.items() for part in parts if len(parts) > 1}
     mapper = getattr(engine_model, "hf_to_vllm_mapper", None)
-    found, covered, places = [], {}, {}
+    found, covered, lost, placed = [], set(), {}, set()
     for name, shape in shapes.items():
         place, whole = _place(name, shape, shapes, engine, parents)
-        if place is None and mapper is not None and (mapped := _mapped(mapper, name)) != name and mapped in engine:
+        if place is None and mapper is not None and (mapped := _mapped(mapper, name)) in engine:
             place, whole = _rows(engine[mapped], 0, shape), mapped
         if place is None:
-            return Twins(reason=f"the engine keeps no tensor in which {name} could be addressed")
+            lost[name] = id(tensors[name])
+            continue
         found.append(Twin(name, place))
-        places[place.data_ptr()] = place
-        covered[engine[whole].data_ptr()] = None
+        placed.add(id(tensors[name]))
+        covered.add(engine[whole].data_ptr())
+    for name, tensor in lost.items():
+        if tensor not in placed:  # else its other name has a place, and the engine ties it by itself
+            return Twins(reason=f"the engine keeps no tensor in which {name} could be addressed")
     missing = [name for name, tensor in engine.items() if tensor.data_ptr() not in covered and tensor.numel()]
     if missing:
         return Twins(reason=f"{missing[0]} of the engine belongs to no single parameter of the model")

@@ -6,15 +6,19 @@ import itertools
 import logging
 import tempfile
 import time
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..adapters import is_peft_model
+from . import vllm_loading
 from .engine import Completion, Request, Sampling, SyncReport
-from .vllm_process import Surroundings
+from .vllm_adapter import AdapterFiles, engine_options, why_merged
+from .vllm_process import OwnClasses, Surroundings
+from .vllm_sleep import Sleep
 from .weights import TrainingWeights, WeightPath
 
 logger = logging.getLogger(__name__)
@@ -34,9 +38,8 @@ class _Pending:
 class VLLMEngine:
     """Samples with vLLM in this process; weights are shared with the training model where that is possible.
 
-    `config` gives `vllm_gpu_memory_utilization`, `vllm_max_model_length`, `vllm_tensor_parallel_size`,
-    `vllm_enable_sleep_mode`, `vllm_model_impl`. ImportError where vLLM is missing, ValueError where it refuses the
-    model or a setting.
+    `config` gives `vllm_gpu_memory_utilization`, `vllm_max_model_length`, `vllm_enable_sleep_mode`,
+    `vllm_model_impl`. ImportError where vLLM is missing, ValueError where it refuses the model or a setting.
     """
 
     name = "vllm"
@@ -47,40 +50,55 @@ class VLLMEngine:
         self._pending: dict[str, _Pending] = {}
         self._ids = itertools.count()
         self._surroundings = Surroundings()
-        self._path = WeightPath(TrainingWeights(model))
+        merged = why_merged(model)
+        self._adapter = AdapterFiles(model) if is_peft_model(model) and not merged else None
+        self._path = WeightPath(TrainingWeights(model, merged=bool(merged)), reason=merged)
         self._folder = tempfile.TemporaryDirectory(prefix="fastalign_vllm_")
-        self._dtype = engine_dtype(model, config)
+        dtype = engine_dtype(model, config)
         with self._surroundings.building():
-            self._llm = self._build(processing_class, config, sampling)
-        self.exact = self._dtype == torch.float32 and self._device.type == "cpu"
+            self._engine = self._build(processing_class, config, dtype, sampling)
+        self._sleep = Sleep(self._engine, bool(getattr(config, "vllm_enable_sleep_mode", False)) and not self._on_cpu)
+        self._at_exit = weakref.finalize(self, shut_down, self._engine, self._surroundings)
+        self.exact = dtype == torch.float32 and self._on_cpu
+        if self._adapter is not None:
+            self.sync(0)
         self.start_seconds = time.perf_counter() - start
+        logger.info(
+            "vLLM started in %.1f s; weights: %s%s", self.start_seconds, self.way, self.reason and f" ({self.reason})"
+        )
 
-    def _build(self, processing_class: Any, config: Any, sampling: Sampling) -> Any:
+    def _build(self, processing_class: Any, config: Any, dtype: torch.dtype, sampling: Sampling) -> Any:
         try:
-            from vllm import LLM
+            from vllm.engine.arg_utils import EngineArgs
+            from vllm.v1.engine.llm_engine import LLMEngine
         except ImportError as error:
             raise ImportError(f"{INSTALL} ({error})") from error
-        from . import vllm_loading
-
-        base = self._path.source.base
-        base.config.save_pretrained(self._folder.name)
-        options = vllm_loading.options(base.config, config, self._dtype, sampling)
-        with vllm_loading.weights_from(self._path.load, plain_layout=True):
-            llm = LLM(self._folder.name, **options)
-        engine = llm.llm_engine
+        source = self._path.source
+        vllm_loading.write_config(source.base, self._folder.name)
+        options = vllm_loading.options(source.base.config, config, dtype)
+        if self._adapter is not None:
+            options |= engine_options(self._adapter.model)
+        if needs_tokenizer(config, sampling):
+            processing_class.save_pretrained(self._folder.name)
+            options["skip_tokenizer_init"] = False
+        classes = OwnClasses(source.base)
+        with vllm_loading.weights_from(self._path.load), vllm_loading.plain_layout(True):
+            engine = LLMEngine.from_engine_args(EngineArgs(model=self._folder.name, **options))
         runner = engine.model_executor.driver_worker.worker.model_runner
-        self._device = torch.device(runner.device)
+        self._on_cpu = torch.device(runner.device).type == "cpu"
         self._max_length = engine.model_config.max_model_len
-        self._path.settle(runner.get_model(), may_share=True)
-        return llm
+        classes.give_back(runner.get_model())
+        self._path.settle(runner.get_model())
+        return engine
 
     @property
     def way(self) -> str:
-        """How weights reach the engine: "shared", "in place" or "reloaded"; `reason` says why it is no better one."""
+        """How weights reach the engine: "shared", "in place" or "reloaded"."""
         return self._path.way
 
     @property
     def reason(self) -> str:
+        """Why `way` is no better one; empty where weights are shared."""
         return self._path.reason
 
     @property
@@ -90,11 +108,13 @@ class VLLMEngine:
     def submit(self, requests: Sequence[Request]) -> None:
         for request in requests:
             self._check(request)
+        adapter = None if self._adapter is None else self._adapter.request()
         with self._surroundings.inside():
             for request in requests:
                 name = str(next(self._ids))
                 prompt = {"prompt_token_ids": list(request.prompt_ids)}
-                self._llm.llm_engine.add_request(name, prompt, self._sampling_params(request))
+                params = sampling_params(request.sampling, request.seed)
+                self._engine.add_request(name, prompt, params, lora_request=adapter)
                 self._pending[name] = _Pending(request.key)
 
     def _check(self, request: Request) -> None:
@@ -112,14 +132,14 @@ class VLLMEngine:
                 "set `use_vllm` to False for prompts with images."
             )
 
-    def _sampling_params(self, request: Request) -> Any:
-        return sampling_params(request.sampling, request.seed)
-
     def step(self) -> list[Completion]:
         if not self._pending:
             return []
+        if self._sleep.weights_lost:
+            self.sync(self.version)
         with self._surroundings.inside():
-            outputs = self._llm.llm_engine.step()
+            self._sleep.wake()
+            outputs = self._engine.step()
         return [self._completion(output) for output in outputs if output.finished]
 
     def _completion(self, output: Any) -> Completion:
@@ -138,41 +158,62 @@ class VLLMEngine:
 
     def abort(self) -> None:
         with self._surroundings.inside():
-            self._llm.llm_engine.abort_request(list(self._pending))
+            self._engine.abort_request(list(self._pending))
         self._pending.clear()
 
     def sync(self, version: int) -> SyncReport:
         start = time.perf_counter()
         with self._surroundings.inside():
             self._note_versions()
+            self._sleep.wake_weights()
             way, num_bytes = self._path.push(self._reload)
+            self._sleep.weights_lost = False
+            if self._adapter is not None:
+                way, num_bytes = "adapter", self._adapter.write()
+                self._engine.add_lora(self._adapter.request(in_place=True))
             # prompts and pending requests are computed anew: what is cached belongs to older weights
-            self._llm.reset_prefix_cache(reset_running_requests=bool(self._pending))
+            if not self._engine.reset_prefix_cache(reset_running_requests=bool(self._pending)):
+                raise RuntimeError("vLLM kept its prefix cache, whose contents belong to older weights.")
         self.version = version
         return SyncReport(way, time.perf_counter() - start, num_bytes)
 
-    def _reload(self, weights: Any) -> None:
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+    def _reload(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+        with vllm_loading.plain_layout(True):  # as they were loaded first
+            self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
 
     def _note_versions(self) -> None:
         """Remember which pending requests have tokens from the weights that are about to go."""
-        for state in self._llm.llm_engine.output_processor.request_states.values():
+        if not self._pending:
+            return
+        for state in self._engine.output_processor.request_states.values():
             pending = self._pending.get(state.external_req_id)
             if pending is not None and pending.version is None and state.detokenizer.num_output_tokens():
                 pending.version = self.version
 
     def sleep(self) -> None:
-        pass
+        with self._surroundings.inside():
+            brought_anew = self._adapter is None
+            self._sleep.sleep(shared=self.way == "shared", brought_anew=brought_anew, pending=bool(self._pending))
 
     def close(self) -> None:
-        if self._llm is None:
-            return
-        with self._surroundings.inside():
-            self._llm.llm_engine.engine_core.shutdown()
-        self._llm = None
+        self._at_exit()
         self._pending.clear()
-        self._surroundings.close()
         self._folder.cleanup()
+        if self._adapter is not None:
+            self._adapter.close()
+
+
+def shut_down(engine: Any, surroundings: Surroundings) -> None:
+    """End `engine`; parameters that were its memory keep it."""
+    with surroundings.inside():
+        engine.engine_core.shutdown()
+    surroundings.close()
+
+
+def needs_tokenizer(config: Any, sampling: Sampling) -> bool:
+    """Whether the engine has to read or write text itself: for regular expressions and stop strings."""
+    regex = sampling.regex or getattr(config, "vllm_structured_outputs_regex", None)
+    return bool(regex) or "stop" in sampling.options
 
 
 def engine_dtype(model: Any, config: Any) -> torch.dtype:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import psutil
 import torch
-
-from .engine import Sampling
 
 LOAD_FORMAT = "fastalign"
 BATCHED_TOKENS = 4096  # per step; vLLM's memory profile reserves room for so many
@@ -18,12 +17,8 @@ _source: list[Callable[[Any], None]] = []  # what fills the model that is being 
 
 
 @contextlib.contextmanager
-def weights_from(load: Callable[[Any], None], *, plain_layout: bool) -> Iterator[None]:
-    """While it lasts, engines are filled by `load(engine_model)`.
-
-    `plain_layout` keeps matrices of CPU engines as torch has them; oneDNN's packed ones have no address per weight.
-    """
-    import vllm._custom_ops as ops
+def weights_from(load: Callable[[Any], None]) -> Iterator[None]:
+    """While it lasts, engines are filled by `load(engine_model)`."""
     from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER, register_model_loader
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
@@ -36,20 +31,42 @@ def weights_from(load: Callable[[Any], None], *, plain_layout: bool) -> Iterator
 
     if LOAD_FORMAT not in _LOAD_FORMAT_TO_MODEL_LOADER:
         register_model_loader(LOAD_FORMAT)(Loader)
-    packs = getattr(ops, "_supports_onednn", None)
-    if plain_layout and packs:
-        ops._supports_onednn = False
     _source.append(load)
     try:
         yield
     finally:
         _source.pop()
-        if plain_layout and packs:
-            ops._supports_onednn = packs
 
 
-def options(model_config: Any, config: Any, dtype: torch.dtype, sampling: Sampling) -> dict[str, Any]:
-    """Arguments of `vllm.LLM`."""
+@contextlib.contextmanager
+def plain_layout(wanted: bool) -> Iterator[None]:
+    """While it lasts, weights that a CPU engine loads stay matrices as torch has them.
+
+    Those that oneDNN packs have no address per weight, so that they can be neither shared nor overwritten.
+    """
+    import vllm._custom_ops as ops
+
+    packs = getattr(ops, "_supports_onednn", None)
+    if not wanted or not packs:
+        yield
+        return
+    ops._supports_onednn = False
+    try:
+        yield
+    finally:
+        ops._supports_onednn = packs
+
+
+def write_config(model: Any, folder: str) -> None:
+    """Write what an engine has to know of `model`, as it is now (its vocabulary may have grown)."""
+    config = copy.copy(model.config)
+    if not config.architectures:
+        config.architectures = [next(c for c in type(model).__mro__ if not c.__name__.startswith("FSDP")).__name__]
+    config.save_pretrained(folder)
+
+
+def options(model_config: Any, config: Any, dtype: torch.dtype) -> dict[str, Any]:
+    """vLLM's `EngineArgs` for a model of this config."""
     on_cpu = not torch.cuda.is_available()
     max_length = getattr(config, "vllm_max_model_length", None)
     num_rows = rows_at_once(config)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import os
 import random
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed.distributed_c10d as c10d
+from torch import nn
 
 # torch.distributed's tables of groups; the count of groups stays common, so that names of groups never meet
 GROUP_TABLES = ("_pg_map", "_pg_names", "_pg_group_ranks", "_pg_backend_config", "_tags_to_pg", "_pg_to_tag")
@@ -24,6 +27,7 @@ QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CONFIGURE_LOGGING": "1"}  # unless
 
 
 _replaced: dict[tuple[Any, str], Any] = {}  # functions of torch, that one of the two which is not in place
+_left: list[bool] = []  # whether functions are put back at exit for an engine that failed
 _original: dict[tuple[Any, str], Any] = {}  # as they were before vLLM was imported
 
 
@@ -55,11 +59,27 @@ class Surroundings:
         state = random.getstate(), np.random.get_state()
         try:
             with self.inside():
-                yield
+                try:
+                    yield
+                except BaseException:
+                    self._clear_failed()
+                    raise
         finally:
             random.setstate(state[0])
             np.random.set_state(state[1])
             gc.unfreeze()  # the engine hides all objects of now from the garbage collector
+
+    @staticmethod
+    def _clear_failed() -> None:
+        """Make room for another engine where one could not be built."""
+        if "vllm.distributed" not in sys.modules:
+            return
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        cleanup_dist_env_and_memory()
+        if _replaced and not _left:  # vLLM tidies up once more at exit, with its own functions only
+            _left.append(True)
+            atexit.register(_put, _replaced)
 
     @contextlib.contextmanager
     def inside(self) -> Iterator[None]:
@@ -102,9 +122,7 @@ class Surroundings:
             self._groups[name] = getattr(c10d, name)
             setattr(c10d, name, table)
         c10d._world.default_pg, self._default_group = self._default_group, c10d._world.default_pg
-        for key, function in _replaced.items():
-            _replaced[key] = getattr(*key)
-            setattr(*key, function)
+        _put(_replaced)
         threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
         if threads != self._threads:
             torch._C.set_num_threads(self._threads)  # torch.set_num_threads itself is what vLLM replaces
@@ -113,12 +131,46 @@ class Surroundings:
         self._threads, self._precision = threads, precision
 
 
+def _put(functions: dict[tuple[Any, str], Any]) -> None:
+    """Put `functions` in place and keep those that were there instead."""
+    for key, function in functions.items():
+        functions[key] = getattr(*key)
+        setattr(*key, function)
+
+
 def _set_environment(values: dict[str, str | None]) -> None:
     for key, value in values.items():
         if value is None:
             os.environ.pop(key, None)
         elif os.environ.get(key) != value:
             os.environ[key] = value
+
+
+class OwnClasses:
+    """Classes of a training model that vLLM builds a model of its own from (its Transformers back end), and changes.
+
+    Made before the engine; `give_back` leaves the changes with the engine's modules and undoes them for all others.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._before = {cls: (cls.__bases__, dict(cls.__dict__)) for cls in {type(m) for m in model.modules()}}
+
+    def give_back(self, engine_model: nn.Module) -> None:
+        for cls, (bases, members) in self._before.items():
+            changed = {k: v for k, v in cls.__dict__.items() if k not in members or members[k] is not v}
+            added = tuple(base for base in cls.__bases__ if base not in bases)
+            if not added:
+                continue
+            cls.__bases__ = bases
+            for name in changed:
+                if name in members:
+                    setattr(cls, name, members[name])
+                else:
+                    delattr(cls, name)
+            theirs = type(cls.__name__, (cls, *added), changed | {"__module__": cls.__module__})
+            for module in engine_model.modules():
+                if type(module) is cls:
+                    module.__class__ = theirs
 
 
 def _functions() -> dict[tuple[Any, str], Any]:

@@ -119,10 +119,10 @@ class WeightPath:
         with self.source.readable() as tensors, torch.no_grad():
             engine_model.load_weights(self.source.checkpoint(tensors))
 
-    def settle(self, engine_model: nn.Module, *, may_share: bool, why_not: str = "") -> None:
+    def settle(self, engine_model: nn.Module) -> None:
         """Choose the best way for an engine that has just been built, and bind parameters where it is "shared"."""
         with self.source.readable() as tensors:
-            self.twins = find_twins(engine_model, {name: tensor.shape for name, tensor in tensors.items()})
+            self.twins = find_twins(engine_model, tensors)
             if not self.twins.reason:
                 values = {name: whole(tensor) for name, tensor in tensors.items()}
                 if different := agree(self.twins, values):
@@ -130,8 +130,8 @@ class WeightPath:
         if self.twins.reason:
             self.way, self.reason = "reloaded", self.twins.reason
             return
-        self.way, self.reason = "in place", why_not or self._obstacle()
-        if may_share and not self.reason:
+        self.way, self.reason = "in place", self.reason or self._obstacle()
+        if not self.reason:
             bind(self.twins, self.source.parameters())
             self.way = "shared"
 
