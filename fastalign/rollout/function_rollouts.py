@@ -31,7 +31,7 @@ class FunctionRollouts:
         chat_template_kwargs: dict[str, Any] | None = None,
     ):
         self.function, self.trainer, self.end_ids = function, trainer, set(end_ids)
-        self.tokens = ChatTokens(processing_class, template_kwargs=chat_template_kwargs)
+        self.tokens = ChatTokens(processing_class, end_ids, chat_template_kwargs)
 
     def run(self, rows: list[dict[str, Any]], num_generations: int, seed: int) -> Iterator[Group]:
         """Groups of `num_generations` samples, one for each row; `seed` is the function's own affair."""

@@ -1,4 +1,4 @@
-"""Lazy batches of sampled data: a generation is made when its first micro-batch is asked for, by the weights of then."""
+"""Lazy batches of sampled data: a generation is made when its first micro-batch is asked for."""
 
 from __future__ import annotations
 
@@ -68,10 +68,11 @@ class BatchPlan:
 class RolloutLoader:
     """Iterates over the micro-batches of an epoch; the loop takes it as loader and as batch sampler.
 
-    `generate(rows, number, left) -> Buffer` makes the part of this rank of generation batch `number` from the prompts of
-    all ranks, `left` of whose micro-batches at most belong to the present optimizer step; `cut(step) -> list[GroupBatch]` makes the batches of an optimizer step. `current_step()` counts optimizer
-    steps. An epoch takes the prompts in the order that TRL takes them for the same seed, and leaves out those that do
-    not fill a generation batch.
+    `generate(rows, number, left) -> Buffer` makes the part of this rank of generation batch `number` from the prompts
+    of all ranks, `left` of whose micro-batches at most belong to the present optimizer step; `cut(step) ->
+    list[GroupBatch]` makes the batches of an optimizer step. `current_step()` counts optimizer steps. An epoch takes
+    the prompts in the order that TRL takes them for the same seed, and leaves out those that do not fill a generation
+    batch.
     """
 
     def __init__(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,39 +10,9 @@ from fastalign_kernels.losses.row_sums import Rows
 from torch import Tensor
 
 from ..metrics import Metrics
-from .buffer import Experience
 from .group_batches import GroupBatch
 from .loader import Step
-from .rewards import Scores
 from .samples import Sample
-
-
-@dataclass
-class GenerationBatch:
-    """One generation batch: this rank's samples, and what all ranks know of it. n samples here, N over all ranks."""
-
-    samples: list[Sample]  # (n) prompt by prompt
-    experiences: list[Experience]  # (n)
-    num_generations: int
-    training: bool
-    left: int = 0  # micro-batches that are learned from before the weights change
-    scores: Scores | None = None  # of the samples
-    rewards: Tensor = field(default_factory=lambda: torch.zeros(0, 0))  # (N, K) fp32, host; NaN: no score
-    advantages: Tensor = field(default_factory=lambda: torch.zeros(0))  # (N,), for the log
-    own: slice = field(default_factory=lambda: slice(0, 0))  # of this rank in N
-
-    def set_advantages(self, advantages: Tensor) -> None:
-        """(N,) advantages of all ranks' samples, to be learned from."""
-        self.advantages = advantages
-        for one, advantage in zip(self.experiences, advantages[self.own].tolist(), strict=True):
-            one.advantage = advantage
-
-
-def reordered(scores: Scores, order: list[int]) -> Scores:
-    """`scores` whose row i belongs to sample `order[i]`, in the order of the samples."""
-    back = torch.tensor(order, dtype=torch.int64).argsort()
-    columns = {name: [values[i] for i in back.tolist()] for name, values in scores.columns.items()}
-    return replace(scores, rewards=scores.rewards[back], lost=scores.lost[back], columns=columns)
 
 
 def sample_facts(samples: list[Sample], end_ids: set[int]) -> dict[str, Any]:
@@ -149,3 +118,39 @@ class UpdateStatistics:
                 if self.seen[number] < self.tokens[number]:  # a sequence that was not run has zeros
                     value = value.clamp(min=0.0) if largest else value.clamp(max=0.0)
                 metrics.extreme(name, value, largest=largest)
+
+
+class Mismatch:
+    """How this rank's log-probabilities differ from those as sampled, and the weights that correct for it."""
+
+    def __init__(self, device: torch.device):
+        self.sums = torch.zeros(4, device=device)  # of |difference|, tokens, of weights, weights
+        self.largest_difference = torch.zeros((), device=device)
+        self.smallest = torch.full((), torch.inf, device=device)
+        self.largest = torch.full((), -torch.inf, device=device)
+
+    def add(self, logp: Tensor, sampled: Tensor, weights: Tensor, counts: Tensor, rows: Rows | None) -> None:
+        """Tokens (N,) of which `counts` (N,) bool says whether they take part; `rows` where weights are of sequences.
+
+        A token whose log-probability as sampled is not known (NaN) has a weight of 1 and no difference.
+        """
+        known = counts & ~sampled.isnan()
+        difference = torch.where(known, (logp - sampled).abs(), 0.0)
+        if rows is not None:  # a sequence's weight stands at each of its tokens
+            each = rows.lengths.clamp(min=1)
+            weights, counts = rows.sums(weights) / each, (rows.sums(counts.float()) / each) > 0.5
+        total = torch.where(counts, weights, 0.0).sum()
+        self.sums += torch.stack([difference.sum(), known.sum(), total, counts.sum()])
+        if len(difference) and len(weights):
+            self.largest_difference = torch.maximum(self.largest_difference, difference.amax())
+            self.smallest = torch.minimum(self.smallest, torch.where(counts, weights, torch.inf).amin())
+            self.largest = torch.maximum(self.largest, torch.where(counts, weights, -torch.inf).amax())
+
+    def record(self, metrics: Metrics) -> None:
+        """sampling/*: means over ranks of their means, and the extremes of all ranks."""
+        difference, tokens, weight, number = self.sums.unbind()
+        metrics.mean("sampling/sampling_logp_difference/mean", difference / tokens.clamp(min=1))
+        metrics.extreme("sampling/sampling_logp_difference/max", self.largest_difference, largest=True)
+        metrics.extreme("sampling/importance_sampling_ratio/min", self.smallest, largest=False)
+        metrics.mean("sampling/importance_sampling_ratio/mean", weight / number.clamp(min=1))
+        metrics.extreme("sampling/importance_sampling_ratio/max", self.largest, largest=True)

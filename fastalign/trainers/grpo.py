@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from fastalign_kernels.head.policy import PolicyStats, linear_policy_loss
 from fastalign_kernels.losses.advantages import group_advantages
-from fastalign_kernels.losses.corrections import entropy_threshold
+from fastalign_kernels.losses.corrections import entropy_threshold, importance_weights
 from fastalign_kernels.losses.policy_gradient import LEVELS, WEIGHTINGS
+from fastalign_kernels.losses.row_sums import Rows
 from torch import Tensor
 from transformers import TrainingArguments
 
@@ -20,9 +22,10 @@ from ..policy import head_loss
 from ..reference import MovingReferenceArgs
 from ..rollout.buffer import Experience
 from ..rollout.config import BatchArgs, CompletionLogArgs, CorrectionArgs, EngineArgs, RewardArgs, SamplingArgs
+from ..rollout.generation import GenerationBatch
 from ..rollout.group_batches import GroupBatch
 from ..rollout.loader import Step
-from ..rollout.statistics import GenerationBatch
+from ..rollout.statistics import Mismatch
 from ..sampled_data import SampledDataTrainer
 
 logger = logging.getLogger(__name__)
@@ -94,6 +97,7 @@ class GRPOConfig(
     entropy_coef_delta: float = arg(0.005, "Its change.")
     entropy_target: float = arg(0.2, "Entropy, nats per token, at or below which the bonus applies.")
     max_tool_calling_iterations: int | None = arg(None, "Rounds of tool calls of a completion; unset: no limit.")
+    tool_timeout: float | None = arg(300.0, "Seconds for a tool call or an environment's reset; unset: no limit.")
 
     def __post_init__(self):
         super().__post_init__()
@@ -147,6 +151,14 @@ class GRPOConfig(
         """Whether tokens are weighted by how the training model differs from the engine."""
         return self.use_vllm and self.vllm_importance_sampling_correction
 
+    @property
+    def correction(self) -> dict[str, Any]:
+        """The mode and bounds of these weights."""
+        if not self.corrects:
+            return {}
+        bounds = {"max": self.vllm_importance_sampling_clip_max, "min": self.vllm_importance_sampling_clip_min}
+        return {"mode": self.vllm_importance_sampling_mode} | bounds
+
 
 class GRPOTrainer(SampledDataTrainer):
     """GRPO and its relatives for a causal language model, given by name, as an object, or with adapters.
@@ -195,7 +207,8 @@ class GRPOTrainer(SampledDataTrainer):
             environment_factory,
         )
         self.entropy_coef = self.args.entropy_coef
-        self._last_entropy = 0.0  # nats per token of the last step, over all ranks
+        self._ahead: Mismatch | None = None  # of samples that the present step does not see
+        self._last_entropy = math.inf  # nats per token of the last step, over all ranks
 
     def check(self) -> None:
         """Refuse importance weights of tokens that were drawn from a part of the vocabulary."""
@@ -209,6 +222,25 @@ class GRPOTrainer(SampledDataTrainer):
             )
 
     # From rewards to advantages
+
+    def score_ahead(self, batch: GenerationBatch) -> None:
+        """The base's passes; samples that these give their old log-probabilities are compared with the engine's."""
+        super().score_ahead(batch)
+        old = [one for one in batch.experiences if "old_logp" in one.tokens and one.num_learned]
+        if self.args.corrects and old:
+            logp, sampled = (torch.cat([one.tokens[n] for one in old]) for n in ("old_logp", "sampling_logp"))
+            sampled = sampled.to(logp.device)
+            ids = torch.arange(len(old)).repeat_interleave(torch.tensor([one.num_learned for one in old]))
+            rows, bounds = Rows(ids.to(logp.device), len(old)), self.args.correction
+            weights = importance_weights(
+                logp, sampled, mode=bounds["mode"], clip_max=bounds["max"], clip_min=bounds["min"], rows=rows
+            )
+            self._ahead = Mismatch(logp.device)
+            self._ahead.add(logp, sampled, weights, torch.ones_like(ids, dtype=torch.bool), self._of_rows(rows))
+
+    def _of_rows(self, rows: Rows) -> Rows | None:
+        """`rows` where they are what the correction weights."""
+        return None if self.args.vllm_importance_sampling_mode.startswith("token") else rows
 
     def score(self, batch: GenerationBatch) -> None:
         """Advantages within groups, over all ranks."""
@@ -262,12 +294,7 @@ class GRPOTrainer(SampledDataTrainer):
             raise ValueError(f"{type(self).__name__} does not return outputs of its model.")
         args, known = self.args, inputs.extras
         objective: dict[str, Any] = {name: getattr(args, name) for name in OBJECTIVE}
-        if args.corrects:
-            objective |= {
-                "correction_mode": args.vllm_importance_sampling_mode,
-                "correction_max": args.vllm_importance_sampling_clip_max,
-                "correction_min": args.vllm_importance_sampling_clip_min,
-            }
+        objective |= {f"correction_{name}": value for name, value in args.correction.items()}
         objective["entropy_coef"] = self._bonus(inputs.step)
 
         def op(hidden: Tensor, weight: Tensor, **head) -> tuple[Tensor, PolicyStats]:
@@ -339,5 +366,42 @@ class GRPOTrainer(SampledDataTrainer):
         if self.has_bonus:
             scale = 1 if WEIGHTINGS[args.loss_type] == "batch_tokens" else batch.step.num_micro
             log.sum("policy_loss", terms.loss * batch.weight * scale)
+        if terms.importance is not None:
+            self._record_mismatch(batch, found, terms.importance, log.batch_rows)
+        if args.use_adaptive_entropy and batch.step.training:
+            self._adapt(batch, found)
         if batch.is_last:
             log.record(self.metrics)
+            if self.has_bonus and batch.step.training:
+                self.metrics.mean("entropy_coef", self.entropy_coef)
+
+    def _record_mismatch(self, batch: GroupBatch, found: PolicyStats, weights: Tensor, rows: Rows) -> None:
+        """Of the completions that this update is the first to see."""
+        state, old = batch.step.state, batch.extras.get("old_logp")
+        first = torch.ones_like(found.logp, dtype=torch.bool) if old is None else old.isnan()
+        if "mismatch" not in state:
+            state["mismatch"], self._ahead = self._ahead or Mismatch(found.logp.device), None
+        state["mismatch"].add(found.logp, batch.extras["sampling_logp"], weights, first, self._of_rows(rows))
+        if batch.is_last and any(made == batch.step.number for made in batch.step.made):
+            state["mismatch"].record(self.metrics)
+
+    def _adapt(self, batch: GroupBatch, found: PolicyStats) -> None:
+        """Skywork-OR1, arXiv:2505.22312: after a step, move the bonus's weight. One host sync per step."""
+        mask = torch.ones_like(found.entropy) if found.entropy_mask is None else found.entropy_mask
+        state, sums = batch.step.state, torch.stack([(found.entropy * mask).sum(), mask.sum()])
+        state["entropy"] = sums if "entropy" not in state else state["entropy"] + sums
+        if not batch.is_last:
+            return
+        total, count = (self._sum_over_ranks(state["entropy"]) if self.world > 1 else state["entropy"]).tolist()
+        args, self._last_entropy = self.args, total / max(count, 1.0)
+        change = args.entropy_coef_delta if self._last_entropy <= args.entropy_target else -args.entropy_coef_delta
+        self.entropy_coef = min(max(self.entropy_coef + change, args.entropy_coef_min), args.entropy_coef_max)
+
+    def state_dict(self) -> dict:
+        """The base's, and the adaptive weight of the entropy."""
+        return super().state_dict() | {"entropy": (self.entropy_coef, self._last_entropy)}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue with a checkpoint's."""
+        super().load_state_dict(state)
+        self.entropy_coef, self._last_entropy = state["entropy"]

@@ -1,0 +1,118 @@
+"""One generation batch: samples made and scored, and what all ranks together know of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from ..metrics import Metrics
+from .buffer import Experience
+from .rewards import PendingScores, RewardPool, Scores, join_scores
+from .samples import Sample
+from .statistics import record_rewards, record_samples, sample_facts
+
+
+@dataclass
+class GenerationBatch:
+    """One generation batch: this rank's samples, and what all ranks know of it. n samples here, N over all ranks."""
+
+    samples: list[Sample]  # (n) prompt by prompt
+    num_generations: int
+    training: bool
+    left: int = 0  # micro-batches that are learned from before the weights change
+    experiences: list[Experience] = field(default_factory=list)  # (n)
+    scores: Scores | None = None  # of the samples
+    rewards: Tensor = field(default_factory=lambda: torch.zeros(0, 0))  # (N, K) fp32, host; NaN: no score
+    advantages: Tensor = field(default_factory=lambda: torch.zeros(0))  # (N,), for the log
+    own: slice = field(default_factory=lambda: slice(0, 0))  # of this rank in N
+    num_items: float = 1.0  # learned tokens of all ranks, by the number of ranks
+
+    def set_advantages(self, advantages: Tensor) -> None:
+        """(N,) advantages of all ranks' samples, to be learned from."""
+        self.advantages = advantages
+        for one, advantage in zip(self.experiences, advantages[self.own].tolist(), strict=True):
+            one.advantage = advantage
+
+    def shown(self) -> list[dict[str, Any]]:
+        """Rows of the completions log of this rank's samples."""
+        assert self.scores is not None
+        advantages = self.advantages[self.own].tolist()
+        rows = []
+        for i, sample in enumerate(self.samples):
+            row = {"prompt": sample.row.get("prompt"), "completion": sample.completion}
+            row |= dict(zip(self.scores.names, self.scores.rewards[i].tolist(), strict=True))
+            row |= {name: values[i] for name, values in self.scores.columns.items()}
+            rows.append(row | ({"advantage": advantages[i]} if advantages else {}))
+        return rows
+
+
+class ScoredRollouts:
+    """Samples that are being scored while others are still sampled."""
+
+    def __init__(self, rollouts: Any, rewards: RewardPool, wanted: Sequence[tuple[dict, int]], seed: int, state: Any):
+        """Sample: `wanted` are rows of the dataset and how many completions of each; `state` is for the rewards."""
+        self.pending: list[PendingScores] = []
+        self.order: list[int] = []  # place of each scored sample
+        repeats = math.gcd(*(count for _, count in wanted))
+        rows = [row for row, count in wanted for _ in range(count // repeats)]
+        found: list[list[Sample]] = [[] for _ in rows]
+        waiting: list[int] = []
+        at_once = max(1, len(rows) // 8)  # calls of reward functions see a few groups each, and begin early
+
+        def submit() -> None:
+            self.pending.append(rewards.submit([one for index in waiting for one in found[index]], state))
+            self.order.extend(index * repeats + i for index in waiting for i in range(repeats))
+            waiting.clear()
+
+        for group in rollouts.run(rows, repeats, seed):
+            found[group.index] = group.samples
+            waiting.append(group.index)
+            if len(waiting) >= at_once:
+                submit()
+        if waiting or not self.pending:
+            submit()
+        self.samples = [sample for group in found for sample in group]
+
+    def scores(self) -> Scores:
+        """The scores, in the order of `samples`, once all are there."""
+        scores = join_scores([one.result() for one in self.pending])
+        back = torch.tensor(self.order, dtype=torch.int64).argsort()
+        columns = {name: [values[i] for i in back.tolist()] for name, values in scores.columns.items()}
+        return replace(scores, rewards=scores.rewards[back], lost=scores.lost[back], columns=columns)
+
+
+def exchange(
+    batch: GenerationBatch, metrics: Metrics, weights: Tensor, end_ids: set[int], *, world: int, rank: int, tools: bool
+) -> None:
+    """Rewards of all ranks' samples into `batch`, and what is logged of them: one exchange per generation batch.
+
+    `weights` (K,) of the reward functions. RewardError on all ranks where a function failed everywhere.
+    """
+    scores = batch.scores
+    assert scores is not None
+    facts = sample_facts(batch.samples, end_ids)
+    mine = {"rewards": scores.rewards, "lost": scores.lost, "facts": facts}
+    mine |= {"learned": sum(one.num_learned for one in batch.experiences)}
+    mine |= {"metrics": scores.metrics, "failures": scores.failures}
+    ranks: list[dict[str, Any]] = gather_object([mine]) if world > 1 else [mine]
+    sizes = [len(part["rewards"]) for part in ranks]
+    batch.own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    batch.rewards = torch.cat([part["rewards"] for part in ranks])
+    replace(scores, rewards=batch.rewards, lost=torch.cat([part["lost"] for part in ranks])).check()
+    batch.num_items = max(sum(part["learned"] for part in ranks), 1) / world
+    metrics.tokens(int(facts["prompt"].sum() + facts["drawn"].sum()))
+    everywhere = {name: np.concatenate([part["facts"][name] for part in ranks]) for name in facts}
+    record_samples(metrics, everywhere, tools)
+    record_rewards(metrics, scores.names, batch.rewards, weights)
+    for name in sorted({name for part in ranks for name in part["metrics"]}):
+        values = [value for part in ranks for value in part["metrics"].get(name, [])]
+        metrics.mean(name, sum(values), len(values))
+    for name in sorted({name for part in ranks for name in part["failures"]}):
+        metrics.mean(f"rewards/{name}/failures", sum(part["failures"].get(name, 0) for part in ranks))

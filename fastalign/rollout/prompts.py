@@ -1,0 +1,65 @@
+"""Datasets of prompts: what they must have, and the tokens that end an answer to them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+
+from ..data.formats import first_row, has_images
+from ..models import LoadedModel
+
+
+def end_ids(loaded: LoadedModel) -> tuple[int, ...]:
+    """The tokens that end a completion: the tokenizer's end token and all that the model's generation config names."""
+    known = getattr(getattr(loaded.model, "generation_config", None), "eos_token_id", None)
+    ids = [] if known is None else [known] if isinstance(known, int) else list(known)
+    own = loaded.tokenizer.eos_token_id
+    return tuple(ids if own is None or own in ids else [own, *ids])
+
+
+def training_prompts(train_dataset: Any, args: Any, size: int, *, has_environment: bool) -> Any:
+    """The training set, checked; rows without a prompt of their own where environments make them.
+
+    `size`: prompts of a generation batch, over all ranks. ValueError where the set is missing or does not fill one, and
+    what `check_prompts` raises.
+    """
+    if train_dataset is None:
+        if not has_environment:
+            raise ValueError("`train_dataset` is required, unless `environment_factory` makes the prompts.")
+        if args.max_steps <= 0:
+            raise ValueError(f"Without `train_dataset`, `max_steps` must be above 0; it is {args.max_steps}.")
+        return Dataset.from_dict({"prompt": [[{"role": "user", "content": ""}]] * size})
+    train_dataset = check_prompts("train_dataset", train_dataset, args, has_environment=has_environment)
+    if isinstance(train_dataset, Dataset) and len(train_dataset) < size:
+        raise ValueError(
+            f"`train_dataset` has {len(train_dataset)} prompts, fewer than the {size} of one generation batch "
+            "(generation_batch_size / num_generations). Add prompts, or lower `steps_per_generation`, "
+            "`gradient_accumulation_steps` or `per_device_train_batch_size`."
+        )
+    return train_dataset
+
+
+def check_prompts(name: str, dataset: Any, args: Any, *, has_environment: bool) -> Any:
+    """`dataset` (or a dict of several) with the columns that are used.
+
+    TypeError for what is no dataset, ValueError for rows without `prompt` (unless environments make it) and images.
+    """
+    if dataset is None:
+        return None
+    if isinstance(dataset, dict):
+        parts = {f"{name}[{key!r}]": (key, part) for key, part in dataset.items()}
+        return {
+            key: check_prompts(own, part, args, has_environment=has_environment) for own, (key, part) in parts.items()
+        }
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        raise TypeError(f"`{name}` must be a `Dataset` or `IterableDataset`, got `{type(dataset).__name__}`.")
+    sample = first_row(dataset, name)
+    if "prompt" not in sample and not has_environment:
+        raise ValueError(
+            f"`{name}` has the columns {sorted(sample)}, but no `prompt`: rename the column that holds the prompts "
+            "(text or messages)."
+        )
+    if has_images(sample):
+        raise ValueError(f"`{name}` has images, which this trainer does not take: drop those columns.")
+    return dataset.select_columns(["prompt"]) if args.remove_unused_columns and "prompt" in sample else dataset

@@ -1,0 +1,101 @@
+"""From experiences to forwards: the batches of an optimizer step, and passes without gradient."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .buffer import Experience
+from .group_batches import GroupBatch, GroupCollator, cut
+from .loader import Step
+
+PASS_TOKENS = 16384  # of a batch that runs without gradient, where no token budget is set
+
+
+def batches_of_step(
+    step: Step,
+    weights: list[list[float]],
+    collator: GroupCollator,
+    *,
+    skips: Callable[[Experience], bool],
+    size: int,
+    budget: int | None = None,
+    rounds: Callable[[int], int] = lambda count: count,
+) -> list[GroupBatch]:
+    """The batches of `step` that this rank runs, `weights` (of each token) of its parts' experiences in them.
+
+    Experiences without learned tokens, and those that `skips` names, are left out; one batch at least is made, so that
+    there is a gradient. `rounds(number of batches)` says how many this rank has to run.
+    """
+    numbers: dict[int, tuple[int, float]] = {}  # id -> micro-batch, weight
+    experiences: list[Experience] = []
+    for micro, (part, of_part) in enumerate(zip(step.parts, weights, strict=True)):
+        for experience, weight in zip(part, of_part, strict=True):
+            if experience.num_learned and not skips(experience):
+                one = copy.copy(experience)  # it may be in the step more than once
+                numbers[id(one)] = micro, weight
+                experiences.append(one)
+    experiences = experiences or [_without_loss(step)]
+    options = {"size": size, "budget": budget, "share": collator.shares(experiences)}
+    parts = cut(experiences, collator, **options)
+    if (most := rounds(len(parts))) > len(parts):
+        parts = cut(experiences, collator, **options, at_least=most)
+        parts += [[_without_loss(step)] for _ in range(most - len(parts))]
+    made = []
+    for part in parts:
+        batch = collator(part, options["share"])
+        found = [numbers.get(id(one), (0, 0.0)) for one in part]
+        counts = [one.num_learned for one in part]
+        batch.micro = [micro for micro, _ in found]
+        batch.weight = _repeated([weight for _, weight in found], counts)
+        batch.extras.setdefault("advantages", _repeated([one.advantage for one in part], counts))
+        batch.step, batch.is_last = step, False
+        made.append(batch)
+    made[-1].is_last = True
+    return made
+
+
+def _repeated(values: list[float], counts: list[int]) -> Tensor:
+    return torch.from_numpy(np.repeat(np.asarray(values, np.float32), counts))
+
+
+def _without_loss(step: Step) -> Experience:
+    """A stand-in that is run for nothing but its gradient of zero: the shortest prompt of the step, one token."""
+    known = [one for part in step.parts for one in part if len(one.prompt_ids)]
+    shortest = min(known, key=lambda one: len(one.prompt_ids))
+    names = {name for one in known for name in one.tokens}
+    zeros = {name: torch.zeros(1) for name in names}
+    return Experience(shortest.prompt_ids, np.zeros(1, np.int64), np.zeros(1, np.int64), -1, tokens=zeros)
+
+
+def run_pass(
+    experiences: Sequence[Experience],
+    collator: GroupCollator,
+    forward: Callable[[GroupBatch], Tensor],
+    *,
+    budget: int | None = None,
+    rounds: Callable[[int], int] = lambda count: count,
+) -> list[Tensor]:
+    """`forward(batch) -> (N,)` of all learned tokens, in batches of `budget` tokens; (n,) for each experience.
+
+    The shortest batch is repeated where `rounds(number of batches)` asks for more.
+    """
+    kept = [one for one in experiences if one.num_learned]
+    share = collator.shares(kept)
+    batches = cut(kept, collator, size=len(kept), budget=budget or PASS_TOKENS, share=share) if kept else []
+    found: dict[int, Tensor] = {}
+    for number in range(rounds(len(batches))):
+        batch = collator(batches[min(number, len(batches) - 1)], share)
+        values = forward(batch).split([one.num_learned for one in batch.experiences])
+        found |= {id(one): part for one, part in zip(batch.experiences, values, strict=True)}
+    return [found.get(id(one), torch.zeros(0)) for one in experiences]
+
+
+def attach(name: str, experiences: Sequence[Experience], values: Sequence[Tensor]) -> None:
+    """Keep (n,) values of the learned tokens of each experience as `tokens[name]`."""
+    for one, value in zip(experiences, values, strict=True):
+        one.tokens[name] = value
