@@ -1,0 +1,95 @@
+"""GRPO with tools and environments: what a step learns from, and what it logs."""
+
+import torch
+from datasets import Dataset
+from test_tools_native import CALL_ALWAYS, note
+from tiny import tiny_model
+from tool_cases import TEMPLATE, chat_tokenizer
+
+from fastalign import GRPOConfig, GRPOTrainer
+
+
+class Length:
+    """Rewards itself for short notes."""
+
+    made: list = []
+
+    def __init__(self):
+        self.notes = None
+        Length.made.append(self)
+
+    def reset(self, **row):
+        self.notes = []
+        return f" at {row['start']}" if "start" in row else "say something"
+
+    def note(self, text: str) -> str:
+        """Notes.
+
+        Args:
+            text: what
+        """
+        self.notes.append(text)
+        return f"noted {len(text)}"
+
+    def get_reward(self):
+        return -float(sum(len(text) for text in self.notes))
+
+
+def trainer(tmp_path, dataset, *, rewards=(), **options):
+    tokenizer = chat_tokenizer(TEMPLATE)
+    tokenizer.response_template = CALL_ALWAYS
+    model = tiny_model("qwen3", max_position_embeddings=512)
+    model.generation_config.eos_token_id = [4, *range(6, 331, 5)]
+    config = GRPOConfig(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=4,
+        num_generations=2,
+        max_steps=2,
+        learning_rate=1e-3,
+        max_completion_length=160,
+        max_tool_calling_iterations=2,
+        beta=0.1,
+        logging_steps=1,
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        save_strategy="no",
+    )
+    return GRPOTrainer(model, list(rewards), config, dataset, processing_class=tokenizer, **options)
+
+
+def test_a_step_with_environments(tmp_path):
+    Length.made.clear()
+    rows = [{"prompt": [{"role": "user", "content": f"word {i}"}], "start": i} for i in range(4)]
+    seen = []
+
+    def by_turns(completions, environments, **_):
+        seen.extend(environments)
+        return [float(len(messages)) for messages in completions]
+
+    run = trainer(tmp_path, Dataset.from_list(rows), rewards=[by_turns], environment_factory=Length)
+    before = {name: value.detach().clone() for name, value in run.model.named_parameters()}
+    run.train()
+    logs = run.state.log_history[0]
+    assert logs["tools/call_frequency"] >= 1 and logs["tools/failure_frequency"] == 0
+    assert logs["rewards/Length/mean"] < 0 < logs["rewards/by_turns/mean"]
+    assert abs(logs["reward"] - logs["rewards/Length/mean"] - logs["rewards/by_turns/mean"]) < 1e-4
+    assert any(not torch.equal(before[name], value) for name, value in run.model.named_parameters())
+    assert len(seen) == 8 and len(Length.made) == 4  # used again in the second step
+
+
+def test_prompts_may_come_from_the_environment_alone(tmp_path):
+    run = trainer(tmp_path, None, environment_factory=Length)
+    run.train()
+    assert run.state.log_history[1]["rewards/Length/mean"] < 0
+
+
+def test_tools_without_environments(tmp_path):
+    rows = Dataset.from_list([{"prompt": [{"role": "user", "content": "word"}]}] * 2)
+    run = trainer(
+        tmp_path, rows, rewards=[lambda completions, **_: [float(len(c)) for c in completions]], tools=[note]
+    )
+    run.train()
+    logs = run.state.log_history[0]
+    assert logs["tools/call_frequency"] >= 1
+    assert logs["completions/mean_length"] <= 160  # of the policy's own tokens
