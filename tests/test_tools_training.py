@@ -7,6 +7,10 @@ from tiny import tiny_model
 from tool_cases import TEMPLATE, chat_tokenizer
 
 from fastalign import GRPOConfig, GRPOTrainer
+from fastalign.policy import token_stats
+from fastalign.rollout.buffer import Experience
+from fastalign.rollout.group_batches import GroupCollator
+from fastalign.rollout.samples import Sample
 
 
 class Length:
@@ -93,3 +97,19 @@ def test_tools_without_environments(tmp_path):
     logs = run.state.log_history[0]
     assert logs["tools/call_frequency"] >= 1
     assert logs["completions/mean_length"] <= 160  # of the policy's own tokens
+
+
+def test_prompts_of_a_group_that_differ_are_not_shared():
+    """A batch that shares prompts says the same of each sample as the samples say alone."""
+    model = tiny_model("qwen3")
+    prompts = [[5, 6, 7, 8, 9, 10]] * 2 + [[5, 6, 7, 11]] * 2
+    samples = [
+        Sample({}, prompt, [20 + i, 30 + i, 4], [0.0] * 3, "stop", "", mask=[True, i % 2 == 0, True])
+        for i, prompt in enumerate(prompts)
+    ]
+    experiences = [Experience.of(sample, group=0) for sample in samples]
+    collate = GroupCollator(pad_token_id=0, flat=True, share=True)
+    together = token_stats(model, collate(experiences)).stats.logp
+    alone = torch.cat([token_stats(model, collate([one])).stats.logp for one in experiences])
+    assert together.shape == (10,)
+    assert torch.allclose(together, alone, atol=1e-5)

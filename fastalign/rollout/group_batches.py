@@ -218,8 +218,8 @@ def _token_extras(experiences: Sequence[Experience]) -> dict[str, Tensor]:
 
 
 def _groups(experiences: Sequence[Experience]) -> list[list[Experience]]:
-    """Neighbours of one group."""
-    return [list(group) for _, group in groupby(experiences, key=lambda one: one.group)]
+    """Neighbours of one group with one prompt: environments may give the samples of a group different ones."""
+    return [list(group) for _, group in groupby(experiences, key=lambda one: (one.group, one.prompt_ids.tobytes()))]
 
 
 def cut(
