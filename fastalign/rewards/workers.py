@@ -85,17 +85,13 @@ class _Worker:
 
     def ask(self, request: dict[str, Any], timeout: float) -> dict[str, Any] | None:
         deadline = time.monotonic() + timeout
-        for _ in range(2):  # a process that died since the last request is replaced
-            process = self.process or self._start()
-            try:
-                assert process.stdin is not None
-                process.stdin.write(json.dumps(request).encode() + b"\n")
-                process.stdin.flush()
-                break
-            except OSError:
-                self.stop()
-        else:
-            return None
+        if self.process is not None and self.process.poll() is not None:
+            self.stop()
+        process = self.process or self._start()
+        assert process.stdin is not None
+        with contextlib.suppress(OSError):  # it died just now, which reading shows
+            process.stdin.write(json.dumps(request).encode() + b"\n")
+            process.stdin.flush()
         line = _read_line(process, deadline)
         if line is None:
             self.stop()
