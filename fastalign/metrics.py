@@ -25,7 +25,6 @@ class Metrics:
         self,
         device: torch.device,
         reduce: Callable[[Tensor], Tensor] | None = None,
-        *,
         rank: int = 0,
         world: int = 1,
     ):

@@ -18,7 +18,7 @@ from .given_data import as_config
 from .loop import Trainer
 from .loop.distributed import is_fsdp
 from .loop.selective import enable_selective_checkpointing
-from .models import LoadedModel, model_name, position_limit, resolve_model, router_loss_coefficient, set_pad_token
+from .models import LoadedModel, model_name, resolve_model, router_loss_coefficient, set_pad_token
 from .pairs import disable_dropout
 from .policy import prepare_policy, token_stats
 from .policy_check import quiet
@@ -26,14 +26,14 @@ from .reference import Reference
 from .rollout.buffer import Buffer, Experience
 from .rollout.choose import make_engine
 from .rollout.completions_log import CompletionsLog
-from .rollout.episodes import Rollouts
 from .rollout.function_rollouts import FunctionRollouts
 from .rollout.generation import GenerationBatch, ScoredRollouts, exchange
-from .rollout.group_batches import GroupBatch, GroupCollator
+from .rollout.group_batches import GroupBatch
 from .rollout.loader import BatchPlan, EvaluationLoader, RolloutLoader, Step
 from .rollout.prompts import check_prompts, end_ids, training_prompts
 from .rollout.rewards import RewardPool
 from .rollout.samples import Sample
+from .rollout.setup import Sources, make_collator, make_rewards, make_rollouts
 from .rollout.statistics import UpdateStatistics
 from .rollout.update import attach, batches_of_step, run_pass
 
@@ -51,6 +51,7 @@ class SampledDataTrainer(Trainer):
     config_class: type[AlignConfig]
     args: Any
     loss_is_normalized = True  # by `weights`
+    attach = staticmethod(attach)
     _name = ""
     _tag_names: list[str] = []
 
@@ -92,36 +93,34 @@ class SampledDataTrainer(Trainer):
         set_pad_token(self.loaded)
         if config.selective_checkpointing:
             enable_selective_checkpointing(self.loaded.model)
-        super().__init__(
-            model=self.loaded.model,
-            args=config,
-            data_collator=list,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=self.loaded.processing_class,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            **loop_arguments,
-        )
-        self.policy = prepare_policy(self.model)
-        if getattr(config, "disable_dropout", False):
-            disable_dropout(self.model)
-        self.collator = self.make_collator()
-        self.reference = None
+        given: dict[str, Any] = {"callbacks": callbacks, "optimizers": optimizers} | loop_arguments
+        own, data = self.loaded, {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        super().__init__(own.model, config, list, **data, processing_class=own.processing_class, **given)
+        self._make_parts(Sources(tools, rollout_func, environment_factory), reward_funcs, reward_processing_classes)
         if self.needs_reference():
             self.reference = Reference.make(
                 self, ref_model, (), has_new_adapter=peft_config is not None, quantization_config=quantization_config
             )
-            if getattr(config, "disable_dropout", False) and self.reference.model is not None:
+        if getattr(config, "disable_dropout", False):
+            disable_dropout(self.model)
+            if self.reference is not None and self.reference.model is not None:
                 disable_dropout(self.reference.model)
-        self.has_tools = bool(tools) or has_environment
+        self.model.add_model_tags(self._tag_names)
+
+    def _make_parts(self, sources: Sources, reward_funcs, processing_classes) -> None:
+        """What turns prompts into batches."""
+        args = self.args
+        self.policy = prepare_policy(self.model)
+        self.collator = make_collator(self)
+        self.reference: Reference | None = None
+        self.has_tools = sources.has_tools
         self.engine = None
-        if rollout_func is None or config.use_vllm:
+        if sources.rollout_func is None or args.use_vllm:
             self.engine = make_engine(
-                config, self.model, self.processing_class, accelerator=self.accelerator, sampling=self.sampling
+                args, self.model, self.processing_class, accelerator=self.accelerator, sampling=self.sampling
             )
-        self.rollouts = self.make_rollouts(tools, rollout_func, environment_factory)
-        self.rewards = self.make_rewards(reward_funcs, reward_processing_classes)
+        self.rollouts = make_rollouts(self, sources)
+        self.rewards = self.make_rewards(reward_funcs, processing_classes)
         for function in getattr(self.rollouts, "reward_funcs", ()):  # of environments that score themselves
             self.rewards.add(function.__name__, function)
         if not self.rewards.functions:
@@ -130,11 +129,10 @@ class SampledDataTrainer(Trainer):
                 "`get_reward`."
             )
         self.completions_log = None
-        if config.log_completions and self.is_world_process_zero():
-            self.completions_log = CompletionsLog(config)
+        if args.log_completions and self.is_world_process_zero():
+            self.completions_log = CompletionsLog(args)
         self.train_loader: RolloutLoader | None = None
         self._synced_step = -1
-        self.model.add_model_tags(self._tag_names)
 
     # What algorithms override
 
@@ -177,89 +175,15 @@ class SampledDataTrainer(Trainer):
         """Whether the loss of `experience` is a constant, so that it needs no forward."""
         return False
 
-    # Parts, made once
-
-    def make_collator(self) -> GroupCollator:
-        """Batches that share prompts where that saves work and a router's balancing loss does not see the prompt."""
-        args, policy = self.args, self.policy
-        if args.share_prefix and not policy.shares_prefix:
-            raise ValueError(
-                f"`share_prefix=True`, but this model's completions cannot share a prompt: {policy.reason}. Set it to "
-                "False."
-            )
-        share = args.share_prefix if policy.shares_prefix else False
-        return GroupCollator(
-            pad_token_id=self.loaded.tokenizer.pad_token_id,  # pyright: ignore[reportArgumentType] (set by now)
-            flat=policy.flat,
-            share=False if share is None and self.router_coefficient else share,
-            whole=bool(self.router_coefficient),
-            longest=position_limit(self.model),
-            pad_to_multiple_of=args.padding_multiple,
-        )
-
     def make_rewards(self, reward_funcs, processing_classes) -> RewardPool:
-        """The reward functions, then those of environments; ValueError where there are none."""
-        args = self.args
-        given = [] if reward_funcs is None else reward_funcs
-        given = list(given) if isinstance(given, (list, tuple)) else [given]
-        of_environments = list(getattr(self.rollouts, "reward_funcs", ()))
-        if not given + of_environments:
-            raise ValueError("`reward_funcs` is empty: give a function, a reward model, or a list of them.")
-        if isinstance(processing_classes, (list, tuple)):
-            processing_classes = [*processing_classes, *(None for _ in of_environments)]
-        return RewardPool(
-            given + of_environments,
-            args.reward_weights,
-            processing_classes,
-            device=args.device,
-            timeout=args.reward_timeout,
-            on_error=args.reward_on_error,
-            chat_template_kwargs=args.chat_template_kwargs,
-            model_init_kwargs=args.model_init_kwargs,
-        )
-
-    def make_rollouts(self, tools, rollout_func, environment_factory) -> Any:
-        """What samples: `run(rows, num_generations, seed) -> Iterator[Group]`."""
-        args = self.args
-        if rollout_func is not None:
-            if self.has_tools:
-                raise ValueError(
-                    "`rollout_func` makes whole rollouts, so `tools` and `environment_factory` are its own."
-                )
-            return FunctionRollouts(
-                rollout_func,
-                self,
-                self.processing_class,
-                self.end_ids,
-                chat_template_kwargs=args.chat_template_kwargs,
-            )
-        options: dict[str, Any] = {}
-        if self.has_tools:
-            options = {"tools": tools, "environment_factory": environment_factory}
-            options["max_tool_calling_iterations"] = args.max_tool_calling_iterations
-            options |= {"tool_timeout": args.tool_timeout, "max_model_length": position_limit(self.model)}
-        return Rollouts(
-            self.engine,  # pyright: ignore[reportArgumentType]
-            self.processing_class,
-            self.sampling,
-            chat_template_kwargs=args.chat_template_kwargs,
-            **options,
-        )
-
-    # Data
+        """What scores completions."""
+        return make_rewards(self.args, reward_funcs, processing_classes)
 
     def batch_plan(self) -> BatchPlan:
         """The sizes of training."""
-        args = self.args
-        return BatchPlan(
-            micro_size=args.per_device_train_batch_size,
-            num_parts=args.steps_per_generation,
-            num_iterations=args.num_iterations,
-            accumulation=args.gradient_accumulation_steps,
-            num_generations=args.num_generations,
-            rank=self.rank,
-            world=self.world,
-        )
+        return BatchPlan.of_training(self.args, self.rank, self.world)
+
+    # Data
 
     def get_train_dataloader(self) -> Any:
         """Micro-batches of completions, sampled when they are asked for."""
@@ -284,15 +208,8 @@ class SampledDataTrainer(Trainer):
             raise ValueError("Evaluation needs an eval_dataset.")
         args = self.args
         args.check_eval_batch()
-        plan = BatchPlan(
-            micro_size=args.per_device_eval_batch_size,
-            num_parts=1,
-            num_iterations=1,
-            accumulation=1,
-            num_generations=args.num_generations_eval or args.num_generations,
-            rank=self.rank,
-            world=self.world,
-        )
+        size, groups_of = args.per_device_eval_batch_size, args.num_generations_eval or args.num_generations
+        plan = BatchPlan(size, 1, 1, 1, groups_of, rank=self.rank, world=self.world)
         return EvaluationLoader(
             dataset,
             plan,
@@ -321,7 +238,8 @@ class SampledDataTrainer(Trainer):
         if self.engine is not None:
             self.engine.sleep()
         groups = [number * len(rows) + place for place, count in shares for _ in range(count)]
-        ends = {*self.end_ids, self.loaded.tokenizer.pad_token_id}
+        pad_id: Any = self.loaded.tokenizer.pad_token_id
+        ends = {*self.end_ids, pad_id}
         batch = GenerationBatch(made.samples, plan.num_generations, training, left)
         batch.experiences = [
             Experience.of(
@@ -356,13 +274,13 @@ class SampledDataTrainer(Trainer):
         """The forward passes that the loss needs of samples, while their rewards are computed."""
         if (reference := self.reference) is not None:
             temperature = self.args.temperature
-            attach(
+            self.attach(
                 "ref_logp",
                 batch.experiences,
-                self.run_pass(batch.experiences, lambda b: reference.token_logps(self.model_wrapped, b, temperature)),
+                self.run_pass(batch.experiences, lambda b: reference.token_logps(self.model, b, temperature)),
             )
         if old := self.needs_old(batch):
-            attach("old_logp", old, self.run_pass(old, self.policy_logps))
+            self.attach("old_logp", old, self.run_pass(old, self.policy_logps))
 
     def policy_logps(self, batch: GroupBatch) -> Tensor:
         """(N,) log-probabilities of the policy as it is now, without gradient."""
@@ -381,7 +299,7 @@ class SampledDataTrainer(Trainer):
         return run_pass(
             experiences,
             self.collator,
-            lambda batch: forward(self._prepare_inputs(batch)),
+            lambda batch: forward(self._prepare_inputs(batch)),  # pyright: ignore[reportArgumentType]
             budget=self.args.token_budget,
             rounds=self._rounds,
         )

@@ -100,8 +100,7 @@ class Trainer(RunOutputs):
         )
         self.model_accepts_loss_kwargs = accepts_loss_kwargs(self.model)
         self.label_smoother = LabelSmoother(args.label_smoothing_factor) if args.label_smoothing_factor else None
-        reduce = self._sum_over_ranks if self.world > 1 else None
-        self.metrics = Metrics(args.device, reduce, rank=self.rank, world=self.world)
+        self.metrics = Metrics(args.device, self._sum_over_ranks if self.world > 1 else None, self.rank, self.world)
         self.health = Health(self)
         self._signature_columns: list[str] | None = None
         self._eval_loaders: dict[tuple[int, bool], tuple] = {}

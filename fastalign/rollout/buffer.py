@@ -61,9 +61,11 @@ class Experience:
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Experience:
         """What `state_dict` gave."""
-        ids = [state[name].numpy() for name in ("prompt_ids", "completion_ids", "learned_at")]
+        prompt, completion, learned_at = (
+            state[name].numpy() for name in ("prompt_ids", "completion_ids", "learned_at")
+        )
         group, advantage, version = state["numbers"]
-        return cls(*ids, group, advantage, state["tokens"], state["values"], version)
+        return cls(prompt, completion, learned_at, group, advantage, state["tokens"], state["values"], version)
 
 
 @dataclass

@@ -51,8 +51,9 @@ class SamplingArgs:
     def sampling(self, stop_ids: tuple[int, ...]) -> Sampling:
         """The same for the engine; a completion ends with one of `stop_ids`."""
         assert self.max_completion_length is not None
-        own = dict(self.generation_kwargs or {})  # pyright: ignore[reportArgumentType] (JSON was read by then)
-        values = {
+        given: Any = self.generation_kwargs or {}  # JSON was read by then
+        own = dict(given)
+        values: dict[str, Any] = {
             "max_new_tokens": self.max_completion_length,
             "temperature": self.temperature,
             "top_p": self.top_p,
@@ -208,7 +209,7 @@ class BatchArgs(GroupArgs):
         for field in ("num_iterations", "steps_per_generation"):
             if getattr(self, field) < 1:
                 raise ValueError(f"`{field}` is {getattr(self, field)}; {name} needs at least 1.")
-        self.check_group_args(name, self.generation_batch_size, least_generations)
+        self.check_group_args(name, at_once * self.steps_per_generation, least_generations)
 
 
 @dataclass
@@ -248,6 +249,20 @@ class CorrectionArgs:
     vllm_importance_sampling_clip_max: float | None = arg(3.0, "Upper bound of these weights.")
     vllm_importance_sampling_clip_min: float | None = arg(None, "Lower bound of these weights.")
     vllm_importance_sampling_cap: float | None = arg(None, "Deprecated: `vllm_importance_sampling_clip_max`.")
+
+    @property
+    def corrects(self) -> bool:
+        """Whether tokens are weighted by how the training model differs from the engine."""
+        config: Any = self
+        return config.use_vllm and self.vllm_importance_sampling_correction
+
+    @property
+    def correction(self) -> dict[str, Any]:
+        """The mode and bounds of these weights, empty without."""
+        if not self.corrects:
+            return {}
+        bounds = {"max": self.vllm_importance_sampling_clip_max, "min": self.vllm_importance_sampling_clip_min}
+        return {"mode": self.vllm_importance_sampling_mode} | bounds
 
     def check_correction_args(self) -> None:
         """Read the deprecated name; ValueError for bounds that make no sense."""

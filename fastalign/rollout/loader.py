@@ -49,6 +49,19 @@ class BatchPlan:
     rank: int = 0
     world: int = 1
 
+    @classmethod
+    def of_training(cls, args: Any, rank: int, world: int) -> BatchPlan:
+        """The sizes that `BatchArgs` ask for."""
+        return cls(
+            micro_size=args.per_device_train_batch_size,
+            num_parts=args.steps_per_generation,
+            num_iterations=args.num_iterations,
+            accumulation=args.gradient_accumulation_steps,
+            num_generations=args.num_generations,
+            rank=rank,
+            world=world,
+        )
+
     @property
     def num_prompts(self) -> int:
         """Prompts of a generation batch over all ranks."""
@@ -166,7 +179,7 @@ class RolloutLoader:
             prompt_order(len(self.dataset), self.seed, self.epoch) if self.shuffle else np.arange(len(self.dataset))
         )
         for start in range(first * size, len(order) - size + 1, size):
-            yield [self.dataset[int(i)] for i in order[start : start + size]]
+            yield [dataset[int(i)] for i in order[start : start + size]]
 
 
 class EvaluationLoader:
@@ -190,9 +203,10 @@ class EvaluationLoader:
             while chunk := list(islice(rows, size)):
                 yield self._whole(chunk, size)
             return
-        order = prompt_order(len(self.dataset), self.seed, 0)
+        dataset: Any = self.dataset
+        order = prompt_order(len(dataset), self.seed, 0)
         for start in range(0, len(order), size):
-            yield self._whole([self.dataset[int(i)] for i in order[start : start + size]], size)
+            yield self._whole([dataset[int(i)] for i in order[start : start + size]], size)
 
     def _whole(self, rows: list[dict], size: int) -> list[dict]:
         """Ranks take equal parts, so that the last batch is filled up with its own prompts; a single process's not."""

@@ -10,19 +10,22 @@ from ..data.formats import first_row, has_images
 from ..models import LoadedModel
 
 
+TOKENISED = "prompt_token_ids"  # column of prompts that are tokenised; `prompt` is then for people and rewards
+
+
 def end_ids(loaded: LoadedModel) -> tuple[int, ...]:
     """The tokens that end a completion: the tokenizer's end token and all that the model's generation config names."""
-    known = getattr(getattr(loaded.model, "generation_config", None), "eos_token_id", None)
+    known: Any = getattr(getattr(loaded.model, "generation_config", None), "eos_token_id", None)
     ids = [] if known is None else [known] if isinstance(known, int) else list(known)
-    own = loaded.tokenizer.eos_token_id
+    own: Any = loaded.tokenizer.eos_token_id
     return tuple(ids if own is None or own in ids else [own, *ids])
 
 
 def training_prompts(train_dataset: Any, args: Any, size: int, *, has_environment: bool) -> Any:
     """The training set, checked; rows without a prompt of their own where environments make them.
 
-    `size`: prompts of a generation batch, over all ranks. ValueError where the set is missing or does not fill one, and
-    what `check_prompts` raises.
+    `size`: prompts of a generation batch, over all ranks. ValueError where the set is missing or does not fill one,
+    and what `check_prompts` raises.
     """
     if train_dataset is None:
         if not has_environment:
@@ -63,3 +66,18 @@ def check_prompts(name: str, dataset: Any, args: Any, *, has_environment: bool) 
     if has_images(sample):
         raise ValueError(f"`{name}` has images, which this trainer does not take: drop those columns.")
     return dataset.select_columns(["prompt"]) if args.remove_unused_columns and "prompt" in sample else dataset
+
+
+def tokenised_prompts(dataset: Any, tokenizer: Any) -> Any:
+    """`dataset` (or a dict of several) of `input_ids`, with the text of the prompt beside; others as they are."""
+    if isinstance(dataset, dict):
+        return {key: tokenised_prompts(part, tokenizer) for key, part in dataset.items()}
+    columns = getattr(dataset, "column_names", None) or ()
+    if "input_ids" not in columns or "prompt" in columns:
+        return dataset
+    others = [name for name in ("attention_mask", "token_type_ids") if name in columns]
+    return dataset.remove_columns(others).map(
+        lambda rows: {"prompt": tokenizer.batch_decode(rows["input_ids"]), TOKENISED: rows["input_ids"]},
+        batched=True,
+        remove_columns=["input_ids"],
+    )

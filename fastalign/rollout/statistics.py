@@ -82,13 +82,24 @@ class UpdateStatistics:
         for one, number in zip(batch.experiences, batch.micro, strict=True):
             self.seen[number] += one.num_learned
 
-    def mean(self, name: str, values: Tensor, *, of_rows: bool = False, over_seen: bool = False) -> None:
-        """Mean over tokens of values (N,), or over sequences of a value that their tokens repeat."""
+    def mean(
+        self,
+        name: str,
+        values: Tensor,
+        *,
+        of_rows: bool = False,
+        over_seen: bool = False,
+        counts: list[int] | None = None,
+    ) -> None:
+        """Mean over tokens of values (N,), or over sequences of a value that their tokens repeat.
+
+        `counts`: how many values each nominal micro-batch has, where the others are 0.
+        """
         sums = self.batch_rows.sums(values.float())
         if of_rows:
             sums = sums / self.batch_rows.lengths.clamp(min=1)
         self._add(name, self.member.float() @ sums)
-        self.counts[name] = self.seen if over_seen else self.rows if of_rows else self.tokens
+        self.counts[name] = counts or (self.seen if over_seen else self.rows if of_rows else self.tokens)
 
     def sum(self, name: str, values: Tensor) -> None:
         """Sum of values (N,), over the ranks the mean."""

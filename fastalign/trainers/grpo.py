@@ -146,19 +146,6 @@ class GRPOConfig(
                 self.loss_type,
             )
 
-    @property
-    def corrects(self) -> bool:
-        """Whether tokens are weighted by how the training model differs from the engine."""
-        return self.use_vllm and self.vllm_importance_sampling_correction
-
-    @property
-    def correction(self) -> dict[str, Any]:
-        """The mode and bounds of these weights."""
-        if not self.corrects:
-            return {}
-        bounds = {"max": self.vllm_importance_sampling_clip_max, "min": self.vllm_importance_sampling_clip_min}
-        return {"mode": self.vllm_importance_sampling_mode} | bounds
-
 
 class GRPOTrainer(SampledDataTrainer):
     """GRPO and its relatives for a causal language model, given by name, as an object, or with adapters.
