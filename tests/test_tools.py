@@ -219,6 +219,9 @@ def test_what_cannot_be_a_tool():
         tool_schemas([add, add])
     with pytest.raises(ValueError, match="need prompts of messages"):
         next(rollouts({"what": ["x"]})[0].run([{"prompt": "what"}], 1, seed=0))
+    for wrong in ({"tool_timeout": 0.0}, {"num_tool_threads": 0}, {"max_tool_calling_iterations": -1}):
+        with pytest.raises(ValueError, match=f"`{next(iter(wrong))}` is"):
+            rollouts({}, **wrong)
     with pytest.raises(ValueError, match="shows no tool calls"):
         Rollouts(ScriptedEngine(spelled), chat_tokenizer("{{ messages[0].content }}"), Sampling(4), tools=[add])
     strange = TOKENIZER.chat_template.replace("tool_call>", "call>")

@@ -12,6 +12,7 @@ from ..data.call_formats import response_template
 from ..data.chat import get_training_chat_template, is_chat_template_prefix_preserving, supports_tool_calling
 from ..data.formats import is_conversational, prepare_multimodal_messages
 
+OPENING_TOKENS = 64  # of a prompt at most, from which a turn's opening is read
 Prompt = Any  # str | list[dict]: text or messages
 Message = dict[str, Any]
 
@@ -108,7 +109,7 @@ class ChatTokens:
         try:
             if self._response_template is not None:
                 text = self.tokenizer.decode(ids[:-1] if ids and ids[-1] in self.ends else ids)
-                before = self.tokenizer.decode(prefix)
+                before = self.tokenizer.decode(prefix[-OPENING_TOKENS:])
                 parsed = parse_response(text, self._response_template, prefix=before, tools=list(tools))
             elif self._parses:
                 parsed = self.tokenizer.parse_response(ids, prefix=prefix, tools=list(tools))

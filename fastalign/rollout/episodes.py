@@ -15,6 +15,7 @@ from ..data.formats import is_conversational
 from .chat_tokens import ChatTokens
 from .engine import Completion, Engine, FinishReason, Request, Sampling
 from .environments import Environments
+from .prompts import TOKENISED
 from .samples import Group, Sample
 from .tools import Answer, ToolRunner, tool_schemas
 
@@ -116,6 +117,10 @@ class Rollouts:
     ):
         self.engine = engine
         self.sampling = sampling
+        if max_tool_calling_iterations is not None and max_tool_calling_iterations < 0:
+            raise ValueError(
+                f"`max_tool_calling_iterations` is {max_tool_calling_iterations}; it must be at least 0, or None."
+            )
         self.max_rounds = math.inf if max_tool_calling_iterations is None else max_tool_calling_iterations
         self.max_model_length = max_model_length or math.inf
         self.runner = ToolRunner(tool_timeout, num_tool_threads)
@@ -203,7 +208,7 @@ class _Run:
                 for key in keys:
                     self._beside(key, rollouts.environments.begin(rollouts.runner, row))
                 continue
-            ids = rollouts.tokens.prompt_ids(row["prompt"], rollouts.schemas)
+            ids = row.get(TOKENISED) or rollouts.tokens.prompt_ids(row["prompt"], rollouts.schemas)
             functions = {function.__name__: function for function in rollouts.tools}
             for key in keys:
                 requests.append(self._first(key, _Episode(row, ids, rollouts.schemas, functions, None)))

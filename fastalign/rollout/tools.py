@@ -62,15 +62,18 @@ class ToolRunner:
     """
 
     def __init__(self, timeout: float | None, num_threads: int):
-        self.timeout = timeout
-        self._threads = asyncio.Semaphore(num_threads)
+        if timeout is not None and timeout <= 0:
+            raise ValueError(f"`tool_timeout` is {timeout}; it is a number of seconds above 0, or None for no limit.")
+        if num_threads < 1:
+            raise ValueError(f"`num_tool_threads` is {num_threads}; it must be at least 1.")
+        self.timeout, self.num_threads = timeout, num_threads
         self._hung: dict[int, Any] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def start(self, work: Coroutine[Any, Any, Any], done: Callable[[Any], None]) -> Future:
         """Run `work`; `done` gets its result or its error, on the loop's thread."""
         if self._loop is None:
-            self._loop = asyncio.new_event_loop()
+            self._loop, self._threads = asyncio.new_event_loop(), asyncio.Semaphore(self.num_threads)
             threading.Thread(target=self._loop.run_forever, name="fastalign-tools", daemon=True).start()
 
         async def deliver() -> None:
