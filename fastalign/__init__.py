@@ -7,12 +7,14 @@ _PUBLIC = {  # public name -> module that defines it; imported on first use, so 
     "BEMACallback": "fastalign.bema",
     "BCOConfig": "fastalign.trainers.bco",
     "BCOTrainer": "fastalign.trainers.bco",
+    "BasePairwiseJudge": "fastalign.rollout.judges",
     "CPOConfig": "fastalign.trainers.cpo",
     "CPOTrainer": "fastalign.trainers.cpo",
     "DPOConfig": "fastalign.trainers.dpo",
     "DPOTrainer": "fastalign.trainers.dpo",
     "DatasetConfig": "fastalign.data.mixture",
     "DatasetMixtureConfig": "fastalign.data.mixture",
+    "FunctionJudge": "fastalign.rollout.judges",
     "GRPOConfig": "fastalign.trainers.grpo",
     "GRPOTrainer": "fastalign.trainers.grpo",
     "HealthError": "fastalign.loop.health",
@@ -24,6 +26,8 @@ _PUBLIC = {  # public name -> module that defines it; imported on first use, so 
     "PRMConfig": "fastalign.trainers.prm",
     "PRMTrainer": "fastalign.trainers.prm",
     "RewardConfig": "fastalign.trainers.reward",
+    "RewardError": "fastalign.rollout.rewards",
+    "RewardModelJudge": "fastalign.rollout.judges",
     "RewardTrainer": "fastalign.trainers.reward",
     "SFTConfig": "fastalign.trainers.sft",
     "SFTTrainer": "fastalign.trainers.sft",
@@ -65,6 +69,8 @@ def __getattr__(name: str) -> _Any:
         from importlib.metadata import version
 
         return version("fastalign")
+    if name == "rewards":
+        return _import_module("fastalign.rewards")
     if name in _PUBLIC:
         return getattr(_import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module 'fastalign' has no attribute {name!r}")

@@ -111,7 +111,7 @@ class RewardArgs:
 
     reward_weights: list[float] | None = arg(None, "Weight of each reward function; unset: 1 each.")
     reward_timeout: float | None = arg(
-        None, "Seconds that one call of a reward function may take; what is not done by then has no reward."
+        600.0, "Seconds that one call of a reward function may take; what is not done by then has no reward."
     )
     reward_on_error: str = arg(
         "skip",
