@@ -10,6 +10,10 @@ from torch import Tensor, nn
 
 # An engine's fused layer <- the layers of the training model whose rows it holds, in this order
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+EXPERTS = {  # all experts of a layer in one tensor
+    "experts.gate_up_proj": "experts.routed_experts.w13_weight",
+    "experts.down_proj": "experts.routed_experts.w2_weight",
+}
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,9 @@ def _place(name: str, shape, shapes, engine, parents) -> tuple[Tensor | None, st
     """The view for `name` and the name of the engine's tensor it lies in."""
     if name in engine:
         return _rows(engine[name], 0, shape), name
+    for of_model, of_engine in EXPERTS.items():
+        if name.endswith(of_model) and (whole := name.replace(of_model, of_engine)) in engine:
+            return _rows(engine[whole], 0, shape), whole
     prefix, _, suffix = name.rpartition(".")
     parent, _, layer = prefix.rpartition(".")
     if layer not in parents:

@@ -60,8 +60,11 @@ class VLLMEngine:
         self._sleep = Sleep(self._engine, bool(getattr(config, "vllm_enable_sleep_mode", False)) and not self._on_cpu)
         self._at_exit = weakref.finalize(self, shut_down, self._engine, self._surroundings)
         self.exact = dtype == torch.float32 and self._on_cpu
-        if self._adapter is not None:
-            self.sync(0)
+        try:
+            self._try_out()
+        except BaseException:
+            self.close()
+            raise
         self.start_seconds = time.perf_counter() - start
         logger.info(
             "vLLM started in %.1f s; weights: %s%s", self.start_seconds, self.way, self.reason and f" ({self.reason})"
@@ -82,7 +85,7 @@ class VLLMEngine:
             processing_class.save_pretrained(self._folder.name)
             options["skip_tokenizer_init"] = False
         classes = OwnClasses(source.base)
-        with vllm_loading.weights_from(self._path.load), vllm_loading.plain_layout(True):
+        with vllm_loading.weights_from(self._path.load), vllm_loading.plain_layout():
             engine = LLMEngine.from_engine_args(EngineArgs(model=self._folder.name, **options))
         runner = engine.model_executor.driver_worker.worker.model_runner
         self._on_cpu = torch.device(runner.device).type == "cpu"
@@ -178,8 +181,39 @@ class VLLMEngine:
         return SyncReport(way, time.perf_counter() - start, num_bytes)
 
     def _reload(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
-        with vllm_loading.plain_layout(True):  # as they were loaded first
+        with vllm_loading.plain_layout():  # as they were loaded first
             self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+
+    def _try_out(self) -> None:
+        """Bring the adapter; ValueError where reloading does not give back the weights that the engine had."""
+        if self._adapter is not None:
+            self.sync(0)
+        if self.way == "reloaded":
+            with self._surroundings.inside():
+                self._check_reload()
+
+    def _check_reload(self) -> None:
+        before = self._probe()
+        with self._path.source.readable() as tensors:
+            self._reload((name, tensor * 0.9) for name, tensor in self._path.source.checkpoint(tensors))
+        other = self._probe()
+        self._path.push(self._reload)
+        after = self._probe()
+        if before == other or abs(before - after) > 1e-3:
+            raise ValueError(
+                f"vLLM cannot take new weights of {type(self._path.source.base).__name__} here: {self.reason}, and "
+                f"after loading the same weights again it finds {after:.4f} instead of {before:.4f} as a "
+                "log-probability. Set `use_vllm` to False, or use a vLLM server."
+            )
+
+    def _probe(self) -> float:
+        """Log-probability of the most likely token behind a fixed prompt."""
+        self._engine.reset_prefix_cache()
+        params = sampling_params(Sampling(1, temperature=0.0), None)
+        self._engine.add_request("probe", {"prompt_token_ids": list(range(3, 11))}, params)
+        while not (outputs := [output for output in self._engine.step() if output.finished]):
+            pass
+        return outputs[0].outputs[0].logprobs.logprobs[0]
 
     def _note_versions(self) -> None:
         """Remember which pending requests have tokens from the weights that are about to go."""

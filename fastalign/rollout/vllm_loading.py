@@ -39,22 +39,24 @@ def weights_from(load: Callable[[Any], None]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def plain_layout(wanted: bool) -> Iterator[None]:
+def plain_layout() -> Iterator[None]:
     """While it lasts, weights that a CPU engine loads stay matrices as torch has them.
 
-    Those that oneDNN packs have no address per weight, so that they can be neither shared nor overwritten.
+    Those that oneDNN or SGL's kernels pack have no address per weight: they can be neither shared nor overwritten.
     """
     import vllm._custom_ops as ops
+    from vllm.model_executor.layers import utils as layers
 
-    packs = getattr(ops, "_supports_onednn", None)
-    if not wanted or not packs:
-        yield
-        return
-    ops._supports_onednn = False
+    packers = [(ops, "_supports_onednn", False), (layers, "check_cpu_sgl_kernel", lambda *args: False)]
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in packers if hasattr(owner, name)]
+    for owner, name, value in packers:
+        if hasattr(owner, name):
+            setattr(owner, name, value)
     try:
         yield
     finally:
-        ops._supports_onednn = packs
+        for owner, name, value in before:
+            setattr(owner, name, value)
 
 
 def write_config(model: Any, folder: str) -> None:
