@@ -1,5 +1,7 @@
 """GRPO with tools and environments: what a step learns from, and what it logs."""
 
+import threading
+
 import torch
 from datasets import Dataset
 from test_tools_native import CALL_ALWAYS, note
@@ -39,7 +41,7 @@ class Length:
         return -float(sum(len(text) for text in self.notes))
 
 
-def trainer(tmp_path, dataset, *, rewards=(), **options):
+def trainer(tmp_path, dataset, *, rewards=(), tools=None, environment_factory=None, **settings):
     tokenizer = chat_tokenizer(TEMPLATE)
     tokenizer.response_template = CALL_ALWAYS
     model = tiny_model("qwen3", max_position_embeddings=512)
@@ -48,7 +50,7 @@ def trainer(tmp_path, dataset, *, rewards=(), **options):
         output_dir=str(tmp_path),
         per_device_train_batch_size=4,
         num_generations=2,
-        max_steps=2,
+        max_steps=settings.pop("max_steps", 2),
         learning_rate=1e-3,
         max_completion_length=160,
         max_tool_calling_iterations=2,
@@ -58,8 +60,10 @@ def trainer(tmp_path, dataset, *, rewards=(), **options):
         use_cpu=True,
         bf16=False,
         save_strategy="no",
+        **settings,
     )
-    return GRPOTrainer(model, list(rewards), config, dataset, processing_class=tokenizer, **options)
+    more = {"tools": tools, "environment_factory": environment_factory}
+    return GRPOTrainer(model, list(rewards), config, dataset, processing_class=tokenizer, **more)
 
 
 def test_a_step_with_environments(tmp_path):
@@ -113,3 +117,22 @@ def test_prompts_of_a_group_that_differ_are_not_shared():
     alone = torch.cat([token_stats(model, collate([one])).stats.logp for one in experiences])
     assert together.shape == (10,)
     assert torch.allclose(together, alone, atol=1e-5)
+
+
+def test_the_limit_of_a_call_reaches_the_tools(tmp_path):
+    def hang(text: str) -> str:
+        """Hangs.
+
+        Args:
+            text: any
+        """
+        return str(over.wait(20))
+
+    hang.__name__ = "note"
+    over = threading.Event()
+    rows = Dataset.from_list([{"prompt": [{"role": "user", "content": "word"}]}] * 2)
+    reward = lambda completions, **_: [0.0] * len(completions)  # noqa: E731
+    run = trainer(tmp_path, rows, rewards=[reward], tools=[hang], tool_timeout=0.1, max_steps=1)
+    run.train()
+    over.set()
+    assert run.state.log_history[0]["tools/failure_frequency"] == 1

@@ -65,6 +65,7 @@ def make_rollouts(trainer: Any, sources: Sources) -> Any:
         environment_factory=sources.environment_factory,
         chat_template_kwargs=template,
         max_tool_calling_iterations=getattr(args, "max_tool_calling_iterations", None),
+        tool_timeout=getattr(args, "tool_timeout", None),
         max_model_length=args.vllm_max_model_length if args.use_vllm else None,
     )
 
