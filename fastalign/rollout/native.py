@@ -4,119 +4,45 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import psutil
 import torch
-from fastalign_kernels.head.sampling import Distribution, sample_tokens
-from torch import Tensor
+from fastalign_kernels.attention import Segments
 
 from ..data.collate import collate_flat
 from ..flat_attention import flat_batch
-from ..logit_form import head_output_kept
 from ..models import position_limit
 from ..policy import policy_info, unwrap
 from ..policy_check import is_whole, quiet
-from ..scoring_head import ScoringRequest, attach_heads, scoring
-from .engine import Completion, FinishReason, Request, SyncReport
-from .native_attention import decoding
-from .native_cache import CohortCache, DecodeCache, PrefillCache
-from .native_sampling import Plan, plan_of, uniforms
+from .engine import Completion, Request, SyncReport
+from .native_attention import configs_of, decoding
+from .native_cache import DecodeCache, KeyValues, PrefillCache, bytes_per_token, joined
+from .native_cohort import Cohort, Row, merged
+from .native_forward import next_tokens
+from .native_own_cache import OwnCache
+from .native_sampling import Plan, plan_of
 
-FIRST_ROOM = 32  # tokens that a new cohort has room for; it doubles
 PREFILL_TOKENS = 8192  # of prompts in one forward
-
-
-@dataclass
-class Row:
-    """A request on its way."""
-
-    request: Request
-    plan: Plan
-    seed: int
-    ids: list[int] = field(default_factory=list)  # sampled before the cohort that it is in now
-    logps: list[float] = field(default_factory=list)
-    version: int = -1  # of the weights that gave the first token
-
-    @property
-    def history(self) -> tuple[int, ...]:
-        return (*self.request.prompt_ids, *self.ids)
-
-
-class Cohort:
-    """Rows that started together, their caches and what they have sampled since."""
-
-    def __init__(self, rows: list[Row], prompts: list[tuple[int, ...]], group_of_row: list[int], device: torch.device):
-        self.rows = rows
-        self.cache = CohortCache([len(p) for p in prompts], list(group_of_row), device)
-        self.device = device
-        self.position = torch.tensor([len(prompts[g]) for g in group_of_row], device=device)  # of the next input
-        room = [row.plan.max_new_tokens - len(row.ids) for row in rows]
-        self.limit = torch.tensor(room, device=device)  # tokens still allowed
-        self.longest = max(room)
-        self.count = 0  # tokens sampled, the one that is not in the cache yet included
-        self.ids = torch.empty(len(rows), 0, dtype=torch.int64, device=device)
-        self.logps = torch.empty(len(rows), 0, device=device)
-        self.uniforms = torch.empty(len(rows), 0, dtype=torch.float64, device=device)
-        self.reserve()
-
-    def reserve(self) -> None:
-        """Room for the next token."""
-        if self.count < self.ids.shape[1]:
-            return
-        num_rows, room = len(self.rows), min(max(2 * self.count, FIRST_ROOM), self.longest)
-        added = room - self.ids.shape[1]
-        self.cache.reserve(room)
-        self.ids = torch.cat([self.ids[:num_rows], self.ids.new_empty(num_rows, added)], 1)
-        self.logps = torch.cat([self.logps[:num_rows], self.logps.new_empty(num_rows, added)], 1)
-        first = [len(row.ids) + self.uniforms.shape[1] for row in self.rows]
-        new = uniforms([row.seed for row in self.rows], first, added).to(self.device)
-        self.uniforms = torch.cat([self.uniforms[:num_rows], new], 1)
-
-    def put(self, ids: Tensor, logps: Tensor) -> None:
-        self.ids[: len(self.rows), self.count], self.logps[: len(self.rows), self.count] = ids, logps
-        self.count += 1
-
-    @property
-    def inputs(self) -> tuple[Tensor, Tensor]:
-        """The last token of each row (rows,), and its position."""
-        return self.ids[: len(self.rows), self.count - 1], self.position + self.count - 1
-
-    def flush(self, places: list[int]) -> None:
-        """Move what the rows at `places` have sampled into them."""
-        ids, logps = (x[places, : self.count].tolist() for x in (self.ids, self.logps))
-        for place, own_ids, own_logps in zip(places, ids, logps, strict=True):
-            self.rows[place].ids += own_ids
-            self.rows[place].logps += own_logps
-
-    def drop(self, places: list[int]) -> None:
-        """Forget the rows at `places`; the last ones take them."""
-        moves = self.cache.drop(places)
-        kept = len(self.rows) - len(places)
-        if moves:
-            source, target = (list(x) for x in zip(*moves, strict=True))
-            for x in (self.ids, self.logps, self.uniforms, self.position, self.limit):
-                x[target] = x[source]
-            for a, b in moves:
-                self.rows[b] = self.rows[a]
-        del self.rows[kept:]
-        self.position, self.limit = self.position[:kept], self.limit[:kept]
-        self.ids, self.logps, self.uniforms = self.ids[:kept], self.logps[:kept], self.uniforms[:kept]
+MOST_COHORTS = 8  # above, small ones become one: each costs calls of its own in each layer
+SHORT_PROMPT = 64  # tokens; longer prompts lie beside prompts of more than half their length
+EXPECTED_TOKENS = 256  # a request is started where there is memory for so many
 
 
 class NativeEngine:
     """Samples from `model` as it stands: its own forward and weights, so `sync` copies nothing.
 
-    The prompts of all waiting requests run as one flat batch, a prompt of several completions once. Rows that finish
-    leave at once, waiting requests join between two tokens. Log-probabilities are those of `token_stats` in fp32, of
-    the distribution drawn from; at temperature 0 those of temperature 1. A request's tokens depend on its seed and
-    its logits alone, not on what else is in the batch (beyond the rounding of the products).
+    Waiting prompts run as one flat batch, a prompt of several completions once. Rows that finish leave at once;
+    requests that are submitted later start with the next `step`, in cohorts of their own that decode in the same
+    forward. Log-probabilities are those of `token_stats`, of the distribution drawn from; at temperature 0 those of
+    temperature 1. A request's tokens depend on its seed and its logits alone: on what else is in the batch only
+    through the rounding of products. Models whose attention cannot be given from outside (recurrent ones, those with
+    images) run with a cache of their own, in batches of equally long prompts.
     """
 
     name = "native"
-    exact = True
 
     def __init__(
         self,
@@ -124,33 +50,36 @@ class NativeEngine:
         *,
         autocast: Callable[[], AbstractContextManager] = nullcontext,
         max_rows: int = 512,
+        cache_bytes: int | None = None,
         tokens_per_step: int = 8,
         seed: int = 0,
     ):
-        """`model` may be PEFT's; `max_rows` completions are made at a time. ValueError for sharded weights."""
+        """`model` may be PEFT's. At most `max_rows` completions are made at a time, with keys and values in at most
+        `cache_bytes` (default: half of the free memory of a GPU, a quarter of a host's). `seed`: of requests without.
+        ValueError for weights that are spread over ranks."""
         self.model = model
         self.base = unwrap(model)
         self.version = 0
         self.max_rows, self.tokens_per_step = max_rows, tokens_per_step
         self._autocast = autocast
+        self._cache_bytes, self._bytes_per_token = cache_bytes, bytes_per_token(self.base)
         self._seeds = random.Random(seed)
         self._waiting: deque[Row] = deque()
         self._cohorts: list[Cohort] = []
         self._keys: set[Any] = set()
-        self._check_model()
-
-    def _check_model(self) -> None:
         if not is_whole(self.base):
             raise ValueError(
                 "The weights are spread over ranks (FSDP or ZeRO-3), which the engine 'native' cannot sample from. "
                 "Set `use_vllm=True`, or train with DDP."
             )
-        self.info = policy_info(self.model)
-        if not self.info.flat:
-            raise ValueError(
-                f"{type(self.base).__name__} cannot be sampled from by the engine 'native': {self.info.reason}. Set "
-                "`use_vllm=True`."
-            )
+        self.info = policy_info(model)
+        self._configs = configs_of(self.base)
+
+    @property
+    def exact(self) -> bool:
+        """Log-probabilities equal the training model's: not so with 16-bit products, which round with the batch."""
+        with self._autocast():
+            return self.base.dtype.itemsize >= 4 and not torch.is_autocast_enabled(self.base.device.type)
 
     @property
     def pending(self) -> int:
@@ -174,11 +103,6 @@ class NativeEngine:
                     f"{plan.max_new_tokens} may follow, but the model has {limit} positions. Shorten the prompt or "
                     "lower `max_completion_length`."
                 )
-            if request.model_inputs:
-                raise ValueError(
-                    f"Request {request.key!r} has {', '.join(request.model_inputs)}; the engine 'native' takes text "
-                    "alone. Set `use_vllm=True`."
-                )
             keys.add(request.key)
             seed = self._seeds.getrandbits(64) if request.seed is None else request.seed
             rows.append(Row(request, plan, seed))
@@ -186,16 +110,17 @@ class NativeEngine:
         self._waiting.extend(rows)
 
     def step(self) -> list[Completion]:
-        """Some tokens of every request; returns early when one is finished."""
+        """Up to `tokens_per_step` tokens of every request that has started, after starting those that can."""
         finished: list[Completion] = []
         if not self.pending:
             return finished
         with quiet(self.model), self._autocast():
-            finished += self._admit()
+            self._merge_small()
+            for rows in self._batches(self._take()):
+                finished += self._start(rows)
             for _ in range(self.tokens_per_step):
-                if finished or not self._cohorts:
-                    break
-                finished += self._decode()
+                if self._cohorts:
+                    finished += self._decode()
         return finished
 
     def abort(self) -> None:
@@ -206,151 +131,183 @@ class NativeEngine:
 
     def sync(self, version: int) -> SyncReport:
         """The weights are the model's own; keys of older ones are computed again before the next token."""
-        for cohort in self._cohorts:
-            cohort.flush(list(range(len(cohort.rows))))
-            self._waiting.extendleft(reversed(cohort.rows))
-        self._cohorts.clear()
+        while self._cohorts:
+            self._put_back(self._cohorts[-1])
         self.version = version
         return SyncReport("same model", 0.0)
 
     def sleep(self) -> None:
-        """Nothing is held but the keys of pending requests: give those back, to be computed again."""
+        """Give back the keys of pending requests, to be computed again: nothing else is held."""
         self.sync(self.version)
 
     def close(self) -> None:
         """Forget everything; the model stays as it is."""
         self.abort()
 
-    def _admit(self) -> list[Completion]:
-        """Start waiting requests for which there is room: their prompts, and the first token of each."""
-        room = self.max_rows - sum(len(cohort.rows) for cohort in self._cohorts)
-        if not self._waiting or room <= 0:
-            return []
-        rows = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
-        number: dict[tuple[int, ...], int] = {}
-        group_of_row = [number.setdefault(row.history, len(number)) for row in rows]
-        prompts = list(number)
-        cohort = Cohort(rows, prompts, group_of_row, self.base.device)
-        self._cohorts.append(cohort)
-        return self._prefill(cohort, prompts)
+    def _budget(self) -> int:
+        """Tokens whose keys and values there is memory for."""
+        if self._cache_bytes is None:
+            device = self.base.device
+            if device.type == "cuda":
+                unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+                self._cache_bytes = (torch.cuda.mem_get_info(device)[0] + unused) // 2
+            else:
+                self._cache_bytes = psutil.virtual_memory().available // 4
+        return self._cache_bytes // self._bytes_per_token
 
-    def _prefill(self, cohort: Cohort, prompts: list[tuple[int, ...]]) -> list[Completion]:
-        chunks, size = [[]], 0
-        for number, prompt in enumerate(prompts):
-            if size + len(prompt) > PREFILL_TOKENS and chunks[-1]:
-                chunks.append([])
-                size = 0
-            chunks[-1].append(number)
-            size += len(prompt)
-        ids = torch.empty(len(cohort.rows), dtype=torch.int64, device=cohort.device)
-        logps = torch.empty(len(cohort.rows), device=cohort.device)
-        for chunk in chunks:
-            batch = collate_flat([list(prompts[n]) for n in chunk]).to(cohort.device)
-            last = batch.cu_seqlens[1:].long() - 1
-            places = [p for p, g in enumerate(cohort.cache._group_of_row) if chunk[0] <= g <= chunk[-1]]
-            group = torch.tensor([cohort.cache._group_of_row[p] - chunk[0] for p in places], device=cohort.device)
+    def _used(self) -> int:
+        return sum(cohort.cache.num_tokens for cohort in self._cohorts)
+
+    def _take(self) -> list[Row]:
+        """Waiting requests for which there is room. A few places that came free wait for more, so that cohorts do not
+        become small."""
+        room = self.max_rows - sum(len(cohort.rows) for cohort in self._cohorts)
+        if self._cohorts and room < min(len(self._waiting), self.max_rows // 8):
+            return []
+        rows: list[Row] = []
+        prompts: set[tuple[int, ...]] = set()
+        tokens = self._budget() - self._used()
+        while self._waiting and len(rows) < room:
+            row = self._waiting[0]
+            tokens -= 0 if row.history in prompts else len(row.history)
+            tokens -= row.room if row.ids else min(row.room, EXPECTED_TOKENS)  # once put back, it shall not come again
+            if tokens < 0 and (rows or self._cohorts):
+                break
+            prompts.add(row.history)
+            rows.append(self._waiting.popleft())
+        return rows
+
+    def _batches(self, rows: list[Row]) -> list[list[Row]]:
+        """`rows` in cohorts: by length, so that little is padded; all of one length, or of one prompt where it has
+        images, for models that keep their own cache."""
+        batches: dict[Any, list[Row]] = {}
+        for row in rows:
+            kind: Any = max(len(row.history) - 1, SHORT_PROMPT - 1).bit_length()
+            if not self.info.flat or row.request.model_inputs:
+                kind = row.history if row.request.model_inputs else -len(row.history)
+            batches.setdefault(kind, []).append(row)
+        return list(batches.values())
+
+    def _start(self, rows: list[Row]) -> list[Completion]:
+        """Read the prompts of `rows` and draw the first token of each."""
+        device = self.base.device
+        number: dict[tuple[int, ...], int] = {}
+        prompt_of_row = [number.setdefault(row.history, len(number)) for row in rows]
+        lengths = [len(row.history) for row in rows]
+        if not self.info.flat or rows[0].request.model_inputs:
+            ids = torch.tensor([row.history for row in rows], device=device)
+            cache = OwnCache(self.model, self.base, ids, rows[0].request.model_inputs)
+            cohort = Cohort(rows, lengths, cache, device)
+            self._cohorts.append(cohort)
+            return self._decode_own(cohort)
+        prompts = list(number)
+        cache = KeyValues([len(prompt) for prompt in prompts], prompt_of_row, device)
+        cohort = Cohort(rows, lengths, cache, device)
+        self._cohorts.append(cohort)
+        ids, logps = torch.empty(len(rows), dtype=torch.int64, device=device), torch.empty(len(rows), device=device)
+        for chunk in _chunks([len(prompt) for prompt in prompts]):
+            batch = collate_flat([list(prompts[number]) for number in chunk]).to(device)
+            places = [place for place, prompt in enumerate(prompt_of_row) if prompt in chunk]
+            owner = torch.tensor([prompt_of_row[place] - chunk.start for place in places], device=device)
+            source = (batch.cu_seqlens[1:].long() - 1)[owner]
             kept = PrefillCache()
-            segments = _segments(batch)
+            inputs = {"input_ids": batch.input_ids[None], "position_ids": batch.position_ids[None]}
+            inputs |= {"past_key_values": kept, "use_cache": True}
+            segments = Segments(batch.cu_seqlens, batch.max_seqlen) if batch.num_segments > 1 else None
             with flat_batch(segments):
-                ids[places], logps[places] = self._sample(
-                    [(cohort, places)], batch.input_ids[None], batch.position_ids[None], last[group], kept
-                )
-            cohort.cache.fill_prefix(kept.kept, range(chunk[0], chunk[-1] + 1), [len(prompts[n]) for n in chunk])
-        cohort.put(ids, logps)
-        for row in cohort.rows:
-            row.version = self.version if row.version < 0 else row.version
-        return self._finish(cohort)
+                found = next_tokens(self.model, self.base, self.info.form, inputs, source, [(cohort, places)])
+            ids[places], logps[places] = found[0], found[1]
+            cache.fill_prefix(kept.kept, chunk)
+        cohort.put(ids, logps, self.version)
+        return self._collect(cohort)
 
     def _decode(self) -> list[Completion]:
         """One more token of every row."""
-        for cohort in self._cohorts:
-            cohort.reserve()
-        ids, positions = (torch.cat(x) for x in zip(*(cohort.inputs for cohort in self._cohorts), strict=True))
-        cache = DecodeCache([cohort.cache for cohort in self._cohorts])
-        rows = [(cohort, list(range(len(cohort.rows)))) for cohort in self._cohorts]
-        with decoding(self.base, cache), flat_batch(None):
-            source = torch.arange(len(ids), device=ids.device)
-            ids, logps = self._sample(rows, ids[:, None], positions[:, None], source, cache)
-        finished, start = [], 0
-        for cohort in list(self._cohorts):
-            stop = start + len(cohort.rows)
-            cohort.cache.length += 1
-            cohort.put(ids[start:stop], logps[start:stop])
-            finished += self._finish(cohort)
-            start = stop
+        self._make_room()
+        finished: list[Completion] = []
+        flat = [cohort for cohort in self._cohorts if isinstance(cohort.cache, KeyValues)]
+        for cohort in [cohort for cohort in self._cohorts if cohort not in flat]:
+            finished += self._decode_own(cohort)
+        if not flat:
+            return finished
+        last, positions = (torch.cat(x) for x in zip(*(cohort.inputs() for cohort in flat), strict=True))
+        cache = DecodeCache([cohort.cache for cohort in flat])  # pyright: ignore[reportArgumentType]
+        inputs = {"input_ids": last[:, None], "position_ids": positions[:, None]}
+        inputs |= {"past_key_values": cache, "use_cache": True}
+        source = torch.arange(len(last), device=last.device)
+        owners = [(cohort, None) for cohort in flat]
+        with decoding(self._configs, cache), flat_batch(None):
+            ids, logps, _ = next_tokens(self.model, self.base, self.info.form, inputs, source, owners)
+        sizes = [len(cohort.rows) for cohort in flat]
+        for cohort, own_ids, own_logps in zip(flat, ids.split(sizes), logps.split(sizes), strict=True):
+            cohort.cache.length += 1  # pyright: ignore
+            cohort.put(own_ids, own_logps, self.version)
+            finished += self._collect(cohort)
         return finished
 
-    def _sample(self, rows, input_ids: Tensor, position_ids: Tensor, source: Tensor, cache) -> tuple[Tensor, Tensor]:
-        """Tokens and log-probabilities of the hidden states at `source`, which belong to `rows`."""
-        uniform = torch.cat([cohort.uniforms[places, cohort.count] for cohort, places in rows])
-        distributions: dict[Distribution, list[int]] = {}
-        owners = [cohort.rows[place] for cohort, places in rows for place in places]
-        for place, row in enumerate(owners):
-            distributions.setdefault(row.plan.distribution, []).append(place)
+    def _decode_own(self, cohort: Cohort) -> list[Completion]:
+        """The next token of rows whose model keeps its own cache."""
+        cache = cohort.cache
+        assert isinstance(cache, OwnCache)
+        inputs = cache.inputs(cohort.inputs()[0] if cohort.count else None)
+        num_rows, length = inputs["input_ids"].shape
+        source = torch.arange(1, num_rows + 1, device=cohort.device) * length - 1
+        with flat_batch(None):
+            ids, logps, output = next_tokens(self.model, self.base, self.info.form, inputs, source, [(cohort, None)])
+        cache.take(output)
+        cohort.put(ids, logps, self.version)
+        return self._collect(cohort)
 
-        def op(hidden: Tensor, weight: Tensor, **options):
-            ids, logps = torch.empty_like(source), uniform.new_empty(len(source), dtype=torch.float32)
-            for distribution, places in distributions.items():
-                chosen = slice(None) if len(distributions) == 1 else torch.tensor(places, device=hidden.device)
-                own = dict(options)
-                if own["low_rank"] is not None:
-                    own["low_rank"] = own["low_rank"][0][chosen], own["low_rank"][1]
-                seen = self._seen(rows, weight.shape[0])[chosen] if distribution.repetition_penalty != 1.0 else None
-                ids[chosen], logps[chosen] = sample_tokens(
-                    hidden[chosen], weight, uniform[chosen], distribution, seen=seen, **own
-                )
-            return uniform.new_zeros(()), (ids, logps)
-
-        request = ScoringRequest(
-            source=source,
-            targets=source,
-            length=input_ids.shape[1],
-            mode="loss",
-            outputs=(),
-            form=self.info.form,
-            op=op,
-            heads=attach_heads(self.base),
-        )
-        with scoring(request), head_output_kept(self.base):
-            self.model(input_ids=input_ids, position_ids=position_ids, past_key_values=cache, use_cache=True)
-        return request.result
-
-    def _seen(self, rows, vocabulary: int) -> Tensor:
-        """(rows, V) bool: tokens of the prompt and of what was sampled."""
-        seen = []
-        for cohort, places in rows:
-            for place in places:
-                row = torch.zeros(vocabulary, dtype=torch.bool, device=cohort.device)
-                row[torch.tensor(cohort.rows[place].history, device=cohort.device)] = True
-                row[cohort.ids[place, : cohort.count]] = True
-                seen.append(row)
-        return torch.stack(seen)
-
-    def _finish(self, cohort: Cohort) -> list[Completion]:
+    def _collect(self, cohort: Cohort) -> list[Completion]:
         """Take out the rows that are done."""
-        last = cohort.ids[: len(cohort.rows), cohort.count - 1]
-        stopped = torch.zeros_like(last, dtype=torch.bool)
-        for stop in {stop for row in cohort.rows for stop in row.plan.stop_ids}:
-            stopped |= last == stop
-        ends = (stopped | (cohort.limit <= cohort.count)).nonzero()[:, 0].tolist()
-        if not ends:
+        done = cohort.finished()
+        if not done:
             return []
-        found = zip(ends, last[ends].tolist(), cohort.limit[ends].tolist(), strict=True)
-        done = [p for p, id, limit in found if limit <= cohort.count or id in cohort.rows[p].plan.stop_ids]
-        cohort.flush(done)
-        finished = []
-        for place in done:
-            row = cohort.rows[place]
-            reason: FinishReason = "stop" if row.ids[-1] in row.plan.stop_ids else "length"
-            finished.append(Completion(row.request.key, row.ids, row.logps, reason, row.version, self.version))
-            self._keys.discard(row.request.key)
-        cohort.drop(done)
-        if not cohort.rows:
+        completions = [row.completion(self.version) for row in cohort.flush(done)]
+        self._keys -= {completion.key for completion in completions}
+        if len(done) == len(cohort.rows):
             self._cohorts.remove(cohort)
-        return finished
+        else:
+            cohort.drop(done)
+        return completions
+
+    def _make_room(self) -> None:
+        """Memory for the next token of every row; where there is none, rows go back to wait, the newest first."""
+        for cohort in list(self._cohorts):
+            while cohort in self._cohorts and cohort.is_full:
+                added = (cohort.next_room - cohort.count) * len(cohort.rows)
+                last = len(self._cohorts) == 1 and len(cohort.rows) == 1  # it must go on, whatever it takes
+                if last or self._used() + added <= self._budget():
+                    cohort.reserve()
+                else:
+                    newest = self._cohorts[-1]
+                    self._put_back(newest, None if len(self._cohorts) > 1 else len(newest.rows) // 2)
+
+    def _put_back(self, cohort: Cohort, first: int | None = None) -> None:
+        """Let rows of `cohort` from place `first` on (None: all) wait again, with what they have sampled."""
+        places = list(range(first or 0, len(cohort.rows)))
+        self._waiting.extendleft(reversed(cohort.flush(places)))
+        if first:
+            cohort.drop(places)
+        else:
+            self._cohorts.remove(cohort)
+
+    def _merge_small(self) -> None:
+        """Join the smallest cohorts where there are many."""
+        flat = [cohort for cohort in self._cohorts if isinstance(cohort.cache, KeyValues)]
+        if len(flat) <= MOST_COHORTS:
+            return
+        small = sorted(flat, key=lambda cohort: len(cohort.rows))[: len(flat) - MOST_COHORTS // 2]
+        self._cohorts = [cohort for cohort in self._cohorts if cohort not in small]
+        self._cohorts.append(merged(small, joined([cohort.cache for cohort in small])))  # pyright: ignore
 
 
-def _segments(batch):
-    from fastalign_kernels.attention import Segments
-
-    return Segments(batch.cu_seqlens, batch.max_seqlen) if batch.num_segments > 1 else None
+def _chunks(lengths: list[int]) -> list[range]:
+    """Consecutive prompts of at most `PREFILL_TOKENS` together, or one longer one."""
+    chunks, start, size = [], 0, 0
+    for number, length in enumerate(lengths):
+        if number > start and size + length > PREFILL_TOKENS:
+            chunks.append(range(start, number))
+            start, size = number, 0
+        size += length
+    return [*chunks, range(start, len(lengths))]

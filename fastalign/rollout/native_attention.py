@@ -27,11 +27,15 @@ class DecodeMask:
     window: int | None  # tokens, the query included
 
 
-@contextmanager
-def decoding(model: nn.Module, cache: DecodeCache) -> Iterator[None]:
-    """Inside, each row of the model's input is one new token, which attends to its own keys in `cache`."""
+def configs_of(model: nn.Module) -> list[PreTrainedConfig]:
+    """The configs in which the layers of `model` look their attention up."""
     found = (getattr(module, "config", None) for module in model.modules())
-    configs = {id(c): c for c in found if isinstance(c, PreTrainedConfig)}.values()
+    return list({id(c): c for c in found if isinstance(c, PreTrainedConfig)}.values())
+
+
+@contextmanager
+def decoding(configs: list[PreTrainedConfig], cache: DecodeCache) -> Iterator[None]:
+    """Inside, each row of the model's input is one new token, which attends to its own keys in `cache`."""
     names = [(config, config._attn_implementation) for config in configs]
     token = _cache.set(cache)
     try:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastalign_kernels.head.operands import operands_of
 from fastalign_kernels.head.products import Head, as_one_op
-from fastalign_kernels.head.rows import _form_logits, slice_form
+from fastalign_kernels.head.rows import _blocks, _form_logits, slice_form
 from fastalign_kernels.head.token_stats import LogitForm
 
 BLOCK = 128  # tokens whose probabilities are summed together
@@ -51,17 +51,26 @@ def sample_tokens(
     `uniform` is (N,) fp64 in [0, 1). `seen` (N, V) bool is needed with a repetition penalty. The log-probability is
     that of the distribution drawn from; of the most likely token (temperature 0) that at temperature 1, untruncated.
     """
-    head = Head(operands_of(hidden, weight, bias, low_rank), uniform.new_zeros(len(hidden)), form, plain=True)
+    operands, targets = operands_of(hidden, weight, bias, low_rank), uniform.new_zeros(len(hidden))
+    head = Head(operands, targets, form, _chunk(hidden, weight.shape[0]), plain=True)
     ids = torch.empty(len(hidden), dtype=torch.int64, device=hidden.device)
     logp = torch.empty(len(hidden), dtype=head.stats_dtype, device=hidden.device)
     for span in head.spans:
-        z, _ = _form_logits(head.logits(span), slice_form(head.form, span))
-        if distribution.repetition_penalty != 1.0:
-            assert seen is not None
-            penalty = distribution.repetition_penalty
-            z = torch.where(seen[span], torch.where(z < 0, z * penalty, z / penalty), z)
-        ids[span], logp[span] = _draw(z, uniform[span], distribution)
+        logits = head.logits(span)
+        for block in _blocks(logits):
+            rows = slice(span.start + block.start, span.start + block.stop)
+            z, _ = _form_logits(logits[block], slice_form(head.form, rows))
+            if distribution.repetition_penalty != 1.0:
+                assert seen is not None
+                penalty = distribution.repetition_penalty
+                z = torch.where(seen[rows], torch.where(z < 0, z * penalty, z / penalty), z)
+            ids[rows], logp[rows] = _draw(z, uniform[rows], distribution)
     return ids, logp.float()
+
+
+def _chunk(hidden: Tensor, vocabulary: int) -> int | None:
+    """Rows at a time. CPU: memory of up to 32 MiB is kept by the C library; more costs page faults in each call."""
+    return None if hidden.device.type != "cpu" else max(2**25 // (vocabulary * hidden.itemsize) // 64 * 64, 64)
 
 
 def _draw(z: Tensor, uniform: Tensor, distribution: Distribution) -> tuple[Tensor, Tensor]:

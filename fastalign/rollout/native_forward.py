@@ -1,0 +1,73 @@
+"""One forward of the training model whose head answers with sampled tokens in place of logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from fastalign_kernels.head.sampling import Distribution, sample_tokens
+from fastalign_kernels.head.token_stats import LogitForm
+from torch import Tensor, nn
+
+from ..logit_form import head_output_kept
+from ..scoring_head import ScoringRequest, attach_heads, scoring
+from .native_cohort import Cohort
+
+Owners = list[tuple[Cohort, list[int] | None]]  # whose next tokens: cohorts, and the places of their rows, None: all
+
+
+def next_tokens(
+    model: nn.Module, base: Any, form: LogitForm, inputs: dict[str, Any], source: Tensor, owners: Owners
+) -> tuple[Tensor, Tensor, Any]:
+    """Tokens (B,) int64 after the positions `source` (B,) of the flattened input, which belong to `owners` in their
+    order, log-probabilities (B,) fp32 in nats, and the model's output."""
+    uniform = torch.cat([cohort.uniforms[_rows(cohort, places), cohort.count] for cohort, places in owners])
+    parts = _parts(owners, source.device)
+
+    def op(hidden: Tensor, weight: Tensor, *, low_rank: tuple[Tensor, Tensor] | None = None, **options):
+        ids, logps = torch.empty_like(source), uniform.new_empty(len(source), dtype=torch.float32)
+        for distribution, rows in parts:
+            seen = None
+            if distribution.repetition_penalty != 1.0:
+                found = [c.seen_tokens(weight.shape[0])[_rows(c, places)] for c, places in owners]
+                seen = torch.cat(found)[rows]
+            thin = None if low_rank is None else (low_rank[0][rows], low_rank[1])
+            ids[rows], logps[rows] = sample_tokens(
+                hidden[rows], weight, uniform[rows], distribution, seen=seen, low_rank=thin, **options
+            )
+        return uniform.new_zeros(()), (ids, logps)
+
+    request = ScoringRequest(
+        source=source,
+        targets=source,
+        length=inputs["input_ids"].shape[1],
+        mode="loss",
+        outputs=(),
+        form=form,
+        op=op,
+        heads=attach_heads(base),
+    )
+    with scoring(request), head_output_kept(base):
+        output = model(**inputs)
+    ids, logps = request.result
+    return ids, logps, output
+
+
+def _rows(cohort: Cohort, places: list[int] | None) -> Any:
+    return slice(0, len(cohort.rows)) if places is None else places
+
+
+def _parts(owners: Owners, device: torch.device) -> list[tuple[Distribution, Any]]:
+    """The distributions that are drawn from, and which of all rows do so."""
+    kinds = {distribution for cohort, _ in owners for distribution in cohort.distributions}
+    if len(kinds) == 1:
+        return [(kinds.pop(), slice(None))]
+    rows: dict[Distribution, list[int]] = {}
+    drawn = [row.plan.distribution for cohort, places in owners for row in _chosen(cohort, places)]
+    for place, distribution in enumerate(drawn):
+        rows.setdefault(distribution, []).append(place)
+    return [(distribution, torch.tensor(places, device=device)) for distribution, places in rows.items()]
+
+
+def _chosen(cohort: Cohort, places: list[int] | None):
+    return cohort.rows if places is None else [cohort.rows[place] for place in places]
