@@ -175,9 +175,8 @@ class RolloutLoader:
             while len(chunk := list(islice(rows, size))) == size:
                 yield chunk
             return
-        order = (
-            prompt_order(len(self.dataset), self.seed, self.epoch) if self.shuffle else np.arange(len(self.dataset))
-        )
+        dataset: Any = self.dataset
+        order = prompt_order(len(dataset), self.seed, self.epoch) if self.shuffle else np.arange(len(dataset))
         for start in range(first * size, len(order) - size + 1, size):
             yield [dataset[int(i)] for i in order[start : start + size]]
 
