@@ -23,6 +23,8 @@ _PUBLIC = {  # public name -> module that defines it; imported on first use, so 
     "ModelConfig": "fastalign.cli.arguments",
     "ORPOConfig": "fastalign.trainers.orpo",
     "ORPOTrainer": "fastalign.trainers.orpo",
+    "PPOConfig": "fastalign.trainers.ppo",
+    "PPOTrainer": "fastalign.trainers.ppo",
     "PRMConfig": "fastalign.trainers.prm",
     "PRMTrainer": "fastalign.trainers.prm",
     "RewardConfig": "fastalign.trainers.reward",

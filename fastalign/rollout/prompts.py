@@ -9,7 +9,6 @@ from datasets import Dataset, IterableDataset
 from ..data.formats import first_row, has_images
 from ..models import LoadedModel
 
-
 TOKENISED = "prompt_token_ids"  # column of prompts that are tokenised; `prompt` is then for people and rewards
 
 

@@ -3,6 +3,7 @@
 Run it as `python tests/golden/make_ppo.py`. The order of rows and the completions are fixed, nothing else is touched.
 """
 
+import copy
 import json
 import sys
 import tempfile
@@ -38,8 +39,9 @@ def run(case: str) -> dict:
     np.random.permutation = lambda n: np.arange(n)
     with tempfile.TemporaryDirectory() as folder:
         args = PPOConfig(output_dir=folder, num_sample_generations=0, **settings)
-        given = models()
-        trainer = PPOTrainer(args, tiny_tokenizer(), train_dataset=prompts(), eval_dataset=prompts(), **given)
+        given, tokenizer = models(), copy.deepcopy(tiny_tokenizer())
+        tokenizer.padding_side = "left"  # TRL reads the first logit right before the completion
+        trainer = PPOTrainer(args, tokenizer, train_dataset=prompts(), eval_dataset=prompts(), **given)
         norms = []
         step = trainer.optimizer.step
 
