@@ -46,6 +46,7 @@ def _json(open_pattern: str, close_pattern: str, transform: Any = None, **parser
     }
 
 
+_OUTSIDE_TEXT = r"<\|tool_call_start\|>(?:'[^']*'|[^'])*"  # up to a place that is in no string
 _PYTHON_VALUE = r"'[^']*'|(?P<nest>[\[{](?:[^\[\]{}]|(?&nest))*[\]}])|[^,)]*"
 
 CALL_FORMATS: dict[str, dict[str, dict[str, Any]]] = {  # format -> fields of the message
@@ -104,7 +105,7 @@ CALL_FORMATS: dict[str, dict[str, dict[str, Any]]] = {  # format -> fields of th
         "tool_calls": _tagged(
             r"(?:<\|tool_call_start\|>\[|(?<=\)),\s*)(?P<name>[\w.]+)\(",
             rf"(?P<key>\w+)=(?P<value>{_PYTHON_VALUE})",
-            r"\)(?:\]<\|tool_call_end\|>\s*|(?=,\s*[\w.]+\())",
+            rf"(?<={_OUTSIDE_TEXT})\)(?:\]<\|tool_call_end\|>\s*|(?=,\s*[\w.]+\())",
             value_parser={"name": "json", "args": {"string_delims": [["'", "'"]], "allow_non_json": True}},
         ),
         "content": _TEXT,
