@@ -51,20 +51,28 @@ def engine_options(model: Any) -> dict[str, Any]:
     return {"enable_lora": True, "max_loras": 1, "max_lora_rank": next(r for r in RANKS if r >= rank)}
 
 
+def memory_folder(prefix: str) -> tempfile.TemporaryDirectory:
+    """A folder in memory where this machine has one; a server that runs as another user may read it."""
+    place = SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else None
+    folder = tempfile.TemporaryDirectory(prefix=prefix, dir=place)
+    os.chmod(folder.name, 0o755)
+    return folder
+
+
 class AdapterFiles:
     """The adapter written to shared memory, from where the engine reads it in place of the one before."""
 
     def __init__(self, model: Any):
         self.model = model
-        place = SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else None
-        self._folder = tempfile.TemporaryDirectory(prefix="fastalign_adapter_", dir=place)
+        self._folder = memory_folder("fastalign_adapter_")
+        self.folder = self._folder.name
         self._described = False
 
     def request(self, in_place: bool = False) -> Any:
         """vLLM's name for it; `in_place` makes the engine read the files again."""
         from vllm.lora.request import LoRARequest
 
-        return LoRARequest("policy", 1, self._folder.name, load_inplace=in_place)
+        return LoRARequest("policy", 1, self.folder, load_inplace=in_place)
 
     def write(self) -> int:
         """Write the weights of now; returns their bytes. All ranks must call it where they are sharded."""
@@ -75,14 +83,14 @@ class AdapterFiles:
             described: dict[str, Any] = {name: getattr(config, name) for name in kept}
             # the base weights here are those of training, so an initialisation that changed them is in them already
             described |= {"peft_type": "LORA", "bias": "none", "target_modules": sorted(self._targets())}
-            Path(self._folder.name, "adapter_config.json").write_text(json.dumps(described), encoding="utf-8")
+            Path(self.folder, "adapter_config.json").write_text(json.dumps(described), encoding="utf-8")
             self._described = True
         state = {
             name.replace(f".{adapter}.", "."): whole(parameter).contiguous()
             for name, parameter in self.model.named_parameters()
             if f".lora_A.{adapter}." in name or f".lora_B.{adapter}." in name
         }
-        save_file(state, Path(self._folder.name, "adapter_model.safetensors"))
+        save_file(state, Path(self.folder, "adapter_model.safetensors"))
         return sum(t.numel() * t.element_size() for t in state.values())
 
     def _targets(self) -> set[str]:
