@@ -301,11 +301,18 @@ def test_functions_that_need_the_main_thread_get_it():
         assert equal(found.rewards, [[1, 1], [2, 2], [3, 3]]) and found.failures == {} and not found.lost.any()
     assert [thread is threading.main_thread() for thread in threads] == [False, True, True]
 
-    results = []
-    asks = threading.Thread(target=lambda: results.append(RewardPool([alarmed]).submit(SAMPLES).result()))
-    asks.start()
-    asks.join(5)
-    assert results[0].lost.all() and "main thread" in results[0].errors["alarmed"]  # nobody is there to run it
+    for asked in (RewardPool([alarmed, length]), pool):  # nobody is there to run it
+        results = []
+        asks = threading.Thread(target=lambda p=asked, r=results: r.append(p.submit(SAMPLES).result()))
+        asks.start()
+        asks.join(5)
+        assert results[0].lost[:, 0].all() and "main thread" in results[0].errors["alarmed"]
+
+    async def cannot_move(completions, **kwargs):
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+
+    found = score([cannot_move, length])
+    assert found.lost[:, 0].all() and "main thread" in found.errors["cannot_move"]
 
 
 def test_logs_of_functions_are_aligned_with_samples(caplog):

@@ -110,7 +110,7 @@ class Job:
 
     def __init__(self, name: str, function: Callable, given: dict[str, list], groups: list[range]):
         self.name, self.function, self.given, self.groups = name, function, given, groups
-        self.names = accepted_names(function)
+        self.names, self.is_async = accepted_names(function), is_async(function)
         self.size = groups[-1].stop
         self.rewards = [math.nan] * self.size
         self.lost = [False] * self.size
@@ -143,7 +143,8 @@ class Job:
         except BaseException as error:
             if self.abandoned or isinstance(error, KeyboardInterrupt):
                 raise
-            self.needs_main_thread = not self.in_main_thread and _wants_main_thread(error)
+            movable = not (self.in_main_thread or self.is_async)
+            self.needs_main_thread = movable and _wants_main_thread(error)
             self.lose(attempt.rows, traceback.format_exc())
         else:
             if not self.abandoned:

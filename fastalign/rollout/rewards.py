@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .reward_calls import AsyncLoop, FunctionThread, Job, callable_name, is_async, list_arguments
+from .reward_calls import AsyncLoop, FunctionThread, Job, callable_name, list_arguments
 from .reward_models import RewardModel, load_reward_model, tokenize
 from .samples import Sample
 
@@ -134,11 +134,9 @@ class RewardPool:
                 continue
             job = pending.jobs[k] = Job(name, function, given, groups)
             if name in self._main_thread:
-                job.needs_main_thread = True
-            elif is_async(function):
-                self._loop.submit(job)
+                job.needs_main_thread = job.done = True  # nothing to wait for
             else:
-                self._threads.setdefault(name, FunctionThread(name, self.timeout)).submit(job)
+                self._runner(job).submit(job)
         if any(isinstance(function, RewardModel) for function in self.functions):
             self._unscored.append(pending)
         return pending
@@ -173,15 +171,24 @@ class RewardPool:
                 pending.of_models[k] = part
                 pending.model_seconds[k] = seconds * len(part)
 
-    def finish(self, job: Job, function: Any) -> None:
+    def _runner(self, job: Job) -> AsyncLoop | FunctionThread:
+        if job.is_async:
+            return self._loop
+        return self._threads.setdefault(job.name, FunctionThread(job.name, self.timeout))
+
+    def finish(self, job: Job) -> None:
         """Return once `job` is done."""
+        if not job.done:
+            self._runner(job).wait(job)
         if not job.needs_main_thread:
-            (self._loop if is_async(function) else self._threads[job.name]).wait(job)
-        if job.needs_main_thread and threading.current_thread() is threading.main_thread():
+            return
+        if threading.current_thread() is threading.main_thread():
             if job.name not in self._main_thread:
                 logger.warning("The reward function %r needs the main thread: it runs there from now on.", job.name)
                 self._main_thread.add(job.name)
             job.run_in_main_thread()
+        elif not job.failures:
+            job.lose(range(job.size), "It needs the main thread, and its scores were asked for in another one.")
 
 
 class PendingScores:
@@ -212,8 +219,8 @@ class PendingScores:
         for k, found in self.of_models.items():
             scores.rewards[:, k] = found
             scores.seconds[pool.names[k]] = self.model_seconds[k]
-        for k, job in sorted(self.jobs.items(), key=lambda entry: entry[1].needs_main_thread):
-            pool.finish(job, pool.functions[k])
+        for job in sorted(self.jobs.values(), key=lambda job: not job.done):  # first what runs in this thread
+            pool.finish(job)
         for k, job in self.jobs.items():
             self._add(scores, k, job)
         return scores
