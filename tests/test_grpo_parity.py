@@ -4,10 +4,8 @@ import copy
 import functools
 import math
 
-import numpy as np
 import pytest
-import torch
-from datasets import Dataset
+from grpo_runs import SETTINGS, length_reward, parity_reward, prompts, rollout
 from test_parity_sft import PARITY_RTOL, TIMED, _lora
 from tiny import tiny_model, tiny_tokenizer
 
@@ -17,80 +15,12 @@ import trl.trainer.grpo_trainer as trl_grpo  # noqa: E402
 
 import fastalign  # noqa: E402
 
-STEPS = 3
-END, LONGEST = 2, 9
-# TRL spreads the completions of a group over the micro-batches of a generation; we keep them together, so that they
-# share their prompt
-SETTINGS = {
-    "per_device_train_batch_size": 4,
-    "gradient_accumulation_steps": 2,
-    "num_generations": 4,
-    "max_completion_length": LONGEST,
-    "max_steps": STEPS,
-    "logging_steps": 1,
-    "learning_rate": 1e-2,
-    "bf16": False,
-    "report_to": "none",
-    "save_strategy": "no",
-    "use_cpu": True,
-    "disable_tqdm": True,
-    "gradient_checkpointing": False,
-}
-
 
 @pytest.fixture(autouse=True)
 def groups_stay_together(monkeypatch):
+    """TRL spreads the completions of a group over the micro-batches of a generation; here they stay together, so that
+    they share their prompt."""
     monkeypatch.setattr(trl_grpo, "shuffle_sequence_dict", lambda batch: batch)
-
-
-def prompts(n: int = 24) -> Dataset:
-    """Rows of one to four words, each different."""
-    words = ["the", "quick", "brown", "fox"]
-    return Dataset.from_list([{"prompt": " ".join([str(i), *words[: i % 4]]), "target": i % 5} for i in range(n)])
-
-
-def length_reward(completion_ids, target, **kwargs) -> list[float]:
-    return [len(set(ids)) + 0.1 * (sum(ids) % 7) - t for ids, t in zip(completion_ids, target, strict=True)]
-
-
-def parity_reward(completion_ids, log_metric, **kwargs) -> list[float | None]:
-    log_metric("odd", sum(len(ids) % 2 for ids in completion_ids) / len(completion_ids))
-    return [None if len(ids) == 3 else float(ids[0] % 11) / 7 for ids in completion_ids]
-
-
-@functools.cache
-def sampler() -> torch.nn.Module:
-    return tiny_model(seed=5)
-
-
-def rollout(given, trainer, with_mask=False):
-    """The same completions for the same prompts, with log-probabilities of a policy that is a little different."""
-    tokenizer, seen = tiny_tokenizer(), {}
-    found = {"prompt_ids": [], "completion_ids": [], "logprobs": [], "env_mask": []}
-    for prompt in given:
-        number = seen[prompt] = seen.get(prompt, 0) + 1
-        ids = tokenizer(text=prompt)["input_ids"]
-        rng = np.random.default_rng([*ids, number])
-        length = int(rng.integers(1, LONGEST + 1))
-        completion = rng.integers(5, 330, length).tolist()
-        if length < LONGEST:
-            completion[-1] = END
-        found["prompt_ids"].append(ids)
-        found["completion_ids"].append(completion)
-        found["logprobs"].append(_logps(tuple(ids), tuple(completion), number))
-        found["env_mask"].append([int(i % 3 != 1) for i in range(length)])
-    if not with_mask:
-        del found["env_mask"]
-    return found
-
-
-@functools.cache
-def _logps(ids: tuple, completion: tuple, number: int) -> list[float]:
-    with torch.no_grad():
-        logits = tiny_model().forward(torch.tensor([[*ids, *completion]])).logits[0].log_softmax(-1)
-    places = torch.arange(len(completion)) + len(ids) - 1
-    noise = np.random.default_rng(number).normal(0, 0.05, len(completion))
-    return (logits[places, torch.tensor(completion)] + torch.from_numpy(noise)).tolist()
 
 
 class NoEngine:

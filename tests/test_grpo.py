@@ -1,0 +1,347 @@
+"""GRPO on sampled data: what must not change the numbers, what must not be computed, resuming, faults and errors."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from grpo_runs import grpo_trainer, length_reward, prompts, rollout
+from test_distributed import KINDS, LAUNCH
+from tiny import tiny_model, tiny_tokenizer
+
+import fastalign
+from fastalign import prepare_policy, sampled_data
+from fastalign.rollout.loader import BatchPlan, prompt_order
+from fastalign.rollout.rewards import RewardError
+
+TIMED = ("runtime", "per_second", "step_time", "total_flos")
+SAMPLED = {"fixed": False, "max_completion_length": 6, "max_steps": 4}
+
+
+def history(trainer, keys: tuple[str, ...] = ()) -> list[dict]:
+    """The log without times, or only `keys` of it."""
+    trainer.train()
+    return logged(trainer, keys)
+
+
+def logged(trainer, keys: tuple[str, ...] = ()) -> list[dict]:
+    lines = [
+        {k: v for k, v in entry.items() if not any(part in k for part in TIMED) and (not keys or k in keys)}
+        for entry in trainer.state.log_history
+    ]
+    return [line for line in lines if line]
+
+
+def assert_same(ours: list[dict], theirs: list[dict], rel: float = 2e-5) -> None:
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine == pytest.approx(other, rel=rel, abs=2e-7)
+
+
+OFF = {"steps_per_generation": 4, "per_device_train_batch_size": 2, "num_iterations": 2, "max_steps": 4}
+
+
+# Cuts
+
+
+@pytest.mark.parametrize(
+    "loss", [{"loss_type": "bnpo", "entropy_coef": 0.1}, {"loss_type": "grpo", "beta": 0.1} | OFF]
+)
+def test_no_cut_of_a_step_changes_a_number(loss, tmp_path, monkeypatch):
+    model = tiny_model()
+    plain = history(grpo_trainer(tmp_path, share_prefix=False, **loss))
+    for way in ({"share_prefix": True}, {"token_budget": 31}, {"token_budget": 4000}, {"pad_to_multiple_of": 16}):
+        assert_same(history(grpo_trainer(tmp_path, **way, **loss)), plain)
+    monkeypatch.setattr(sampled_data, "prepare_policy", lambda m: prepare_policy(m, allow_flat=False))
+    assert_same(history(grpo_trainer(tmp_path, model=model, token_budget=60, **loss)), plain)
+
+
+def test_micro_batches_do_not_change_losses_of_whole_steps(tmp_path):
+    keys = ("loss", "grad_norm", "reward", "num_tokens")
+    runs = [{"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}, {}]
+    runs += [{"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}]
+    first, *others = [history(grpo_trainer(tmp_path, **run), keys) for run in runs]
+    for other in others:
+        assert_same(other, first)
+
+
+def test_a_micro_batch_within_the_budget_holds_a_prompt_once(tmp_path):
+    trainer = grpo_trainer(tmp_path, token_budget=100, share_prefix=True)
+    sizes = []
+    compute = trainer.compute_loss
+
+    def watch(model, batch, **kwargs):
+        sizes.append((batch.input_ids.numel(), batch.num_tokens, len(batch.experiences)))
+        return compute(model, batch, **kwargs)
+
+    trainer.compute_loss = watch
+    trainer.train()
+    assert all(held <= 100 for held, _, _ in sizes)
+    assert sum(count for _, _, count in sizes) == 3 * 8
+    assert sum(held for held, _, _ in sizes) < 0.75 * sum(tokens for _, tokens, _ in sizes)
+
+
+# What is not computed
+
+
+def half_equal(completion_ids, **kwargs):
+    """The same reward for all of every second group."""
+    groups = [completion_ids[i : i + 4] for i in range(0, len(completion_ids), 4)]
+    return [float(len(ids)) * (len(groups[0][0]) % 2) for group in groups for ids in group]
+
+
+@pytest.mark.parametrize("reward", [half_equal, lambda completion_ids, **kw: [1.0] * len(completion_ids)])
+def test_advantages_of_zero_cost_no_forward_and_change_nothing(reward, tmp_path, monkeypatch):
+    keys, seen, weights = ("loss", "grad_norm", "clip_ratio/high_max", "reward"), [], []
+    for skips in (True, False):
+        if not skips:
+            monkeypatch.setattr(fastalign.GRPOTrainer, "skips", lambda self, one: False)
+        trainer = grpo_trainer(tmp_path, rewards=reward, weight_decay=0.1, max_steps=4)
+        tokens, compute = [], trainer.compute_loss
+        trainer.compute_loss = lambda m, b, c=compute, t=tokens, **k: (t.append(b.input_ids.numel()), c(m, b, **k))[1]
+        trainer.train()
+        seen.append((sum(tokens), logged(trainer, keys)))
+        weights.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+    assert seen[0][0] < 0.8 * seen[1][0]
+    assert_same(seen[0][1], seen[1][1])
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-5, atol=1e-7)
+
+
+def test_sampled_log_probabilities_stand_for_old_ones(tmp_path, monkeypatch):
+    trainer = grpo_trainer(tmp_path, **(SAMPLED | OFF))
+    monkeypatch.setattr(trainer, "run_pass", None)  # would fail
+    known = history(trainer)
+    monkeypatch.setattr(fastalign.GRPOTrainer, "knows_old", False)
+    assert_same(history(grpo_trainer(tmp_path, **(SAMPLED | OFF))), known, rel=2e-3)
+
+
+# Resuming
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_a_run_resumed_within_a_generation_goes_on_as_if_it_had_not_stopped(step, tmp_path):
+    config = SAMPLED | OFF | {"max_steps": 6, "save_strategy": "steps", "save_steps": 1, "beta": 0.1}
+    config |= {"gradient_accumulation_steps": 3, "use_adaptive_entropy": True, "entropy_target": 6.0}
+    whole = grpo_trainer(tmp_path / "whole", **config)
+    expected = history(whole)
+    shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", tmp_path / "again" / f"checkpoint-{step}")
+    calls = []
+
+    def counted(completion_ids, **kwargs):
+        calls.append(len(completion_ids))
+        return length_reward(completion_ids, **kwargs)
+
+    again = grpo_trainer(tmp_path / "again", rewards=counted, **config)
+    again.rewards.names[:] = whole.rewards.names
+    again.train(resume_from_checkpoint=True)
+    assert logged(again)[:-1] == expected[:-1]
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], value), name
+    assert sum(calls) == 8 * (-(-18 // 8) - -(-3 * step // 8))  # each generation once, none twice
+
+
+# Batches
+
+
+def test_a_stream_gives_the_batches_of_a_dataset(tmp_path):
+    stream = IterableDataset.from_generator(lambda: iter(prompts()))
+    runs = [history(grpo_trainer(tmp_path, shuffle_dataset=False, data=data)) for data in (prompts(), stream)]
+    assert_same([{k: v for k, v in e.items() if k != "epoch"} for e in runs[1]],
+                [{k: v for k, v in e.items() if k != "epoch"} for e in runs[0]])  # fmt: skip
+
+
+def test_ranks_share_the_completions_of_a_prompt():
+    plan = {rank: BatchPlan(3, 2, 1, 2, 4, rank=rank, world=2).share(["a", "b", "c"]) for rank in (0, 1)}
+    assert plan == {0: [(0, 4), (1, 2)], 1: [(1, 2), (2, 4)]}
+    assert sorted(prompt_order(9, 3, 1)) == list(range(9)) != prompt_order(9, 3, 1).tolist()
+
+
+def test_two_ranks_do_what_one_process_does(tmp_path):
+    from grpo_ranks import CASES, run
+
+    expected = run(tmp_path / "one", world=1)
+    script = Path(__file__).with_name("grpo_ranks.py")
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(script.parent), *sys.path])}
+    env.pop("ACCELERATE_USE_CPU", None)
+    done = subprocess.run(
+        [*LAUNCH, *KINDS["ddp"][0], str(script), str(tmp_path)], env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    for name in CASES:
+        assert_same(found[name], expected[name], rel=5e-5)
+
+
+# Faults
+
+
+def test_failing_rewards_are_counted_and_lose_their_rows_alone(tmp_path):
+    data = prompts()
+    first = data[int(prompt_order(len(data), 42, 0)[0])]["prompt"]
+
+    def breaks(prompts, completion_ids, **kwargs):
+        if prompts[0] == first:
+            raise OSError("no answer")
+        return [float(len(ids)) for ids in completion_ids]
+
+    lines = history(grpo_trainer(tmp_path, rewards=[breaks, length_reward]))
+    assert [line.get("rewards/breaks/failures", 0) for line in lines[:3]] == [1, 0, 0]
+    assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in lines[:3])
+
+
+def test_a_function_that_always_fails_stops_the_run(tmp_path):
+    def breaks(**kwargs):
+        raise OSError("no answer")
+
+    with pytest.raises(RewardError, match="no answer"):
+        grpo_trainer(tmp_path, rewards=[breaks, length_reward]).train()
+
+
+def test_empty_and_unscored_completions_take_no_part(tmp_path):
+    def some_empty(given, trainer):
+        found = rollout(given, trainer)
+        for name in ("completion_ids", "logprobs"):
+            found[name][1] = []
+        return found
+
+    def silent(completion_ids, **kwargs):
+        return [None if len(ids) == 4 else float(len(ids)) for ids in completion_ids]
+
+    lines = history(grpo_trainer(tmp_path, rollout_func=some_empty, rewards=silent, loss_type="grpo"))
+    assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in lines[:-1])
+    assert lines[0]["completions/min_length"] == 0
+
+
+def test_masking_every_completion_leaves_the_weights_alone(tmp_path):
+    trainer = grpo_trainer(tmp_path, **SAMPLED, mask_truncated_completions=True)
+    trainer.end_ids, before = (), torch.cat([p.detach().flatten().clone() for p in trainer.model.parameters()])
+    trainer.loaded.tokenizer.pad_token_id = None  # nothing ends a completion
+    trainer.train()
+    after = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+    assert torch.equal(after, before)
+
+
+# What is shown
+
+
+def test_completions_are_kept_and_printed(tmp_path, capsys):
+    def told(completion_ids, log_extra, **kwargs):
+        log_extra("length", [len(ids) for ids in completion_ids])
+        return [float(len(ids)) for ids in completion_ids]
+
+    trainer = grpo_trainer(tmp_path, rewards=told, log_completions=True, num_completions_to_print=1, max_steps=1)
+    trainer.train()
+    table = pandas.read_parquet(tmp_path / "completions" / "completions_00001.parquet")
+    assert table.columns.tolist() == ["step", "prompt", "completion", "told", "length", "advantage"]
+    assert (table.told == table.length).all() and len(table) == 8
+    for _, group in table.groupby("prompt"):
+        centred = group.told - group.told.mean()
+        assert group.advantage.tolist() == pytest.approx((centred / (group.told.std() + 1e-4)).tolist(), rel=1e-5)
+    printed = capsys.readouterr().out
+    assert table.prompt[0] in printed and "Completions at step 1" in printed
+    assert table.prompt[4] not in printed.replace(table.prompt[0], "")
+
+
+def test_evaluation_samples_and_leaves_training_alone(tmp_path):
+    data = prompts()
+    plain = history(grpo_trainer(tmp_path, **SAMPLED), ("loss", "reward"))
+    trainer = grpo_trainer(
+        tmp_path, **SAMPLED, eval_strategy="steps", eval_steps=1, num_generations_eval=2, eval_dataset=data.select([0])
+    )
+    lines = history(trainer)
+    assert [{k: e[k] for k in ("loss", "reward")} for e in lines if "loss" in e] == plain
+    scores = [line["eval_reward"] for line in lines if "eval_reward" in line]
+    assert len(scores) == 4 and all(
+        line["eval_frac_reward_zero_std"] in (0, 1) for line in lines if "eval_reward" in line
+    )
+
+
+# Learning
+
+
+def test_the_policy_learns_what_is_rewarded(tmp_path):
+    def many_sevens(completion_ids, **kwargs):
+        return [sum(7 <= token < 60 for token in ids) / max(len(ids), 1) for ids in completion_ids]
+
+    config = {"max_steps": 15, "num_generations": 8, "per_device_train_batch_size": 16, "learning_rate": 2e-2}
+    lines = history(grpo_trainer(tmp_path, rewards=many_sevens, **(SAMPLED | config)), ("reward",))
+    assert lines[-1]["reward"] > lines[0]["reward"] + 0.35, lines
+
+
+# Errors
+
+BAD = {
+    "no prompt": ({"data": Dataset.from_list([{"question": "a"}] * 8)}, "no `prompt`"),
+    "few prompts": ({"data": prompts(1)}, "fewer than the 2"),
+    "no rewards": ({"rewards": []}, "`reward_funcs` is empty"),
+    "one completion": ({"num_generations": 1}, "needs at least 2"),
+    "part of a group": ({"num_generations": 3}, "multiple of `num_generations`=3"),
+    "part of a batch": ({"generation_batch_size": 6}, "`generation_batch_size` is 6"),
+    "both sizes": ({"generation_batch_size": 8, "steps_per_generation": 2}, "set one of them"),
+    "moving nothing": ({"sync_ref_model": True}, "there is none"),
+    "loss": ({"loss_type": "gro"}, "loss_type"),
+    "finding sizes": ({"auto_find_batch_size": True}, "auto_find_batch_size"),
+    "regrouped entropy": ({"token_budget": 9, "top_entropy_quantile": 0.5}, "unset one"),
+    "bounds": ({"vllm_importance_sampling_clip_min": 4.0}, "smaller"),
+    "repository": ({"log_completions_hub_repo": "a/b"}, "log_completions"),
+    "cold": ({"temperature": 0.0}, "above 0"),
+    "part of the vocabulary": ({"use_vllm": True, "top_k": 5}, "bias the importance sampling"),
+    "evaluation": ({"eval_strategy": "steps", "per_device_eval_batch_size": 3}, "whole groups|multiple"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_does_not_fit_is_refused_by_name(case, tmp_path):
+    options, message = BAD[case]
+    with pytest.raises(ValueError, match=message):
+        grpo_trainer(tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda found: found.pop("logprobs"), "logprobs missing"),
+        (lambda found: found["prompt_ids"].pop(), "7 entries of `prompt_ids` for 8"),
+        (lambda found: found.update(prompt_ids=[[]] * 8), "no tokens"),
+    ],
+)
+def test_rollout_functions_are_told_what_is_wrong(change, message, tmp_path):
+    def wrong(given, trainer):
+        found = rollout(given, trainer)
+        change(found)
+        return found
+
+    with pytest.raises(ValueError, match=message):
+        grpo_trainer(tmp_path, rollout_func=wrong).train()
+
+
+def test_a_dataset_of_other_columns_reaches_the_rewards_unless_dropped(tmp_path):
+    seen = []
+
+    def watch(completions, **kwargs):
+        seen.append(set(kwargs))
+        return [float(len(text)) for text in completions]
+
+    for dropped in (False, True):
+        grpo_trainer(tmp_path, rewards=watch, remove_unused_columns=dropped, max_steps=1).train()
+    assert "target" in seen[0] and "target" not in seen[-1]
+
+
+def test_conversations_are_scored_as_messages(tmp_path):
+    rows = [{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in prompts()]
+
+    def watch(prompts, completions, **kwargs):
+        assert all(
+            p[0]["role"] == "user" and c[0]["role"] == "assistant" for p, c in zip(prompts, completions, strict=True)
+        )
+        return [float(len(c[0]["content"])) for c in completions]
+
+    lines = history(grpo_trainer(tmp_path, rewards=watch, data=Dataset.from_list(rows), **SAMPLED))
+    rendered = tiny_tokenizer().apply_chat_template(rows[0]["prompt"], add_generation_prompt=True)
+    assert lines[0]["num_tokens"] > 8 * (len(rendered["input_ids"]) - 3)
