@@ -27,6 +27,8 @@ _PUBLIC = {  # public name -> module that defines it; imported on first use, so 
     "PPOTrainer": "fastalign.trainers.ppo",
     "PRMConfig": "fastalign.trainers.prm",
     "PRMTrainer": "fastalign.trainers.prm",
+    "RLOOConfig": "fastalign.trainers.rloo",
+    "RLOOTrainer": "fastalign.trainers.rloo",
     "RewardConfig": "fastalign.trainers.reward",
     "RewardError": "fastalign.rollout.rewards",
     "RewardModelJudge": "fastalign.rollout.judges",

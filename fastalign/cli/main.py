@@ -54,6 +54,7 @@ TRAINERS = {  # name -> (what it does, X where fastalign.XConfig and fastalign.X
     "kto": ("KTO and APO-zero on answers judged good or bad", "KTO"),
     "bco": ("BCO on answers judged good or bad", "BCO"),
     "grpo": ("completions of a prompt judged against each other (GRPO and its relatives)", "GRPO"),
+    "rloo": ("completions of a prompt judged against the mean of the others (RLOO)", "RLOO"),
     "ppo": ("a policy and its critic, from a reward model or functions (PPO)", "PPO"),
     "reward": ("reward model from pairs of answers", "Reward"),
     "prm": ("process reward model from judged steps", "PRM"),
