@@ -21,7 +21,7 @@ from .engine import Completion, Request, SyncReport
 from .native_attention import configs_of, decoding
 from .native_cache import DecodeCache, KeyValues, PrefillCache, bytes_per_token, joined
 from .native_cohort import Cohort, Row, merged
-from .native_forward import next_tokens
+from .native_forward import Owners, next_tokens
 from .native_own_cache import OwnCache
 from .native_sampling import Plan, plan_of
 
@@ -92,7 +92,8 @@ class NativeEngine:
         plans: dict[int, Plan] = {}
         rows, keys = [], set()
         for request in requests:
-            plan = plans.get(id(request.sampling)) or plans.setdefault(id(request.sampling), plan_of(request.sampling))
+            known = plans.get(id(request.sampling))
+            plan = known or plans.setdefault(id(request.sampling), plan_of(request.sampling, self.name))
             if request.key in self._keys or request.key in keys:
                 raise ValueError(f"A request with key {request.key!r} is pending already; give each its own key.")
             if not request.prompt_ids:
@@ -235,7 +236,7 @@ class NativeEngine:
         inputs = {"input_ids": last[:, None], "position_ids": positions[:, None]}
         inputs |= {"past_key_values": cache, "use_cache": True}
         source = torch.arange(len(last), device=last.device)
-        owners = [(cohort, None) for cohort in flat]
+        owners: Owners = [(cohort, None) for cohort in flat]
         with decoding(self._configs, cache), flat_batch(None):
             ids, logps, _ = next_tokens(self.model, self.base, self.info.form, inputs, source, owners)
         sizes = [len(cohort.rows) for cohort in flat]

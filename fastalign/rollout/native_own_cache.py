@@ -32,7 +32,7 @@ class OwnCache:
         if last is not None:
             self.ids = torch.cat([self.ids, last[:, None]], 1)
             self.num_tokens = self.ids.numel()
-        if self._cache is None:
+        if self._cache is None or self._name is None:
             return {"input_ids": self.ids, "use_cache": self._name is not None, **self._first}
         return {"input_ids": self.ids[:, -1:], "use_cache": True, self._name: self._cache}
 

@@ -22,8 +22,8 @@ class Plan:
     max_new_tokens: int
 
 
-def plan_of(sampling: Sampling) -> Plan:
-    """The plan of `sampling`; ValueError for a value out of its range or for what this engine cannot do, by name."""
+def plan_of(sampling: Sampling, engine: str) -> Plan:
+    """The plan of `sampling`; ValueError for a value out of its range or for what `engine` cannot do, by name."""
     options = dict(sampling.options)
     values = {
         name: options.pop(name, getattr(sampling, name))
@@ -33,12 +33,12 @@ def plan_of(sampling: Sampling) -> Plan:
         values["temperature"] = 0.0
     if options:
         raise ValueError(
-            f"`generation_kwargs` has {', '.join(sorted(options))}, which the engine 'native' does not know; it knows "
+            f"`generation_kwargs` has {', '.join(sorted(options))}, which the engine {engine!r} does not know; it knows "
             f"do_sample, {', '.join(values)}. Leave the others out, or set `use_vllm=True` for vLLM's."
         )
     if sampling.regex is not None:
         raise ValueError(
-            f"`regex` is {sampling.regex!r}, but the engine 'native' cannot hold completions to a pattern. Set "
+            f"`regex` is {sampling.regex!r}, but the engine {engine!r} cannot hold completions to a pattern. Set "
             "`use_vllm=True`, or leave it out."
         )
     allowed = {
