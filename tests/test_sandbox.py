@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -17,12 +18,19 @@ from fastalign.rewards.sandbox import Limits, Outcome, Program, Sandbox, Sandbox
 from fastalign.rewards.syscalls import ALLOWED, CONDITIONAL, WRITING
 
 confined = pytest.mark.skipif(confinement.obstacle() is not None, reason=str(confinement.obstacle()))
-LIMITS = Limits(timeout=1.0, memory=256 << 20, file_size=1 << 20, output=4096)
+LIMITS = Limits(timeout=20.0, memory=256 << 20, file_size=1 << 20, output=4096)
 
 
 @pytest.fixture(scope="module")
 def sandbox():
     box = Sandbox(LIMITS, size=2)
+    yield box
+    box.close()
+
+
+@pytest.fixture(scope="module")
+def hasty():
+    box = Sandbox(replace(LIMITS, timeout=0.5), size=1)
     yield box
     box.close()
 
@@ -76,7 +84,7 @@ def test_programs_compute(sandbox):
         ("while True:\n    print('x' * 999)", "output"),
         ("import sys\nwhile True:\n    sys.stderr.write('x' * 999)", "output"),
         ("x = bytearray(1 << 30)", "error"),
-        ("x = []\nwhile True:\n    x.append('x' * 999999 + str(len(x)))", "error"),
+        ("x = []\nwhile True:\n    x.append(bytearray(30 << 20))", "error"),
         ("import mmap\nmmap.mmap(-1, 1 << 30)", "error"),
         ("f = open('f', 'wb')\nwhile True:\n    f.write(bytes(99999))", "error"),
         ("import os\nos.memfd_create('x')", "error"),
@@ -86,9 +94,9 @@ def test_programs_compute(sandbox):
         ("import _thread, time\nfor _ in range(999):\n    _thread.start_new_thread(time.sleep, (9,))", "error"),
     ],
 )  # fmt: skip
-def test_limits_hold(sandbox, source, status):
+def test_limits_hold(sandbox, hasty, source, status):
     start = time.monotonic()
-    found = run(sandbox, source, tests="pass")
+    found = run(hasty if "timeout" in status else sandbox, source, tests="pass")
     assert found.status in status if isinstance(status, tuple) else found.status == status
     assert not found.passed and time.monotonic() - start < LIMITS.timeout + 5
     assert len(found.stdout) <= LIMITS.output and len(found.stderr) <= LIMITS.output
@@ -306,7 +314,7 @@ def test_the_program_of_an_answer():
 
 @confined
 def test_rewards_are_shares_of_passed_tests():
-    reward = get_code_execution_reward(timeout=1, num_workers=2)
+    reward = get_code_execution_reward(timeout=2, num_workers=2)
     double = "Sure:\n```python\ndef f(x):\n    return 2 * x\nprint(f(int(input() or 0)))\n```\nas asked."
     completions = [
         "```python\ndef f(x):\n    return 2 * x\n```",

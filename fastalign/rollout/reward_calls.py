@@ -290,6 +290,11 @@ class FunctionThread:
                 self._changed.notify_all()
 
 
+def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
+    loop.run_forever()
+    loop.close()
+
+
 class AsyncLoop:
     """One event loop on a daemon thread for all async functions; their calls run at the same time."""
 
@@ -302,7 +307,7 @@ class AsyncLoop:
     def submit(self, job: Job) -> None:
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
-            threading.Thread(target=self._loop.run_forever, name="reward-loop", daemon=True).start()
+            threading.Thread(target=_run_loop, args=(self._loop,), name="reward-loop", daemon=True).start()
         job.started = time.monotonic()
         self._loop.call_soon_threadsafe(self._start, self._loop, job)
 
