@@ -18,6 +18,7 @@ from tiny import tiny_model, tiny_tokenizer
 
 import fastalign
 from fastalign import prepare_policy, sampled_data
+from fastalign.cli.main import main
 from fastalign.rollout.loader import BatchPlan, prompt_order
 from fastalign.rollout.rewards import RewardError
 
@@ -272,6 +273,30 @@ def test_the_policy_learns_what_is_rewarded(tmp_path):
     config = {"max_steps": 15, "num_generations": 8, "per_device_train_batch_size": 16, "learning_rate": 2e-2}
     lines = history(grpo_trainer(tmp_path, rewards=many_sevens, **(SAMPLED | config)), ("reward",))
     assert lines[-1]["reward"] > lines[0]["reward"] + 0.35, lines
+
+
+def test_the_command_trains_and_names_unknown_rewards(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    tiny_model().save_pretrained("model")
+    tiny_tokenizer().save_pretrained("model")
+    prompts().to_json("rows.jsonl")
+    Path("own_rewards.py").write_text(
+        "def length(completions, **kw):\n    return [float(len(c)) for c in completions]\n"
+    )
+    command = ["grpo", "--model_name_or_path", "model", "--dataset_name", "rows.jsonl", "--output_dir", "out"]
+    command += ["--use_cpu", "true", "--bf16", "false", "--report_to", "none", "--num_generations", "4"]
+    command += ["--per_device_train_batch_size", "4", "--max_completion_length", "4", "--max_steps", "2"]
+    command += ["--logging_steps", "1", "--scale_rewards", "False"]
+    names = ["--reward_funcs", "own_rewards.length", "get_repetition_penalty_reward"]
+    assert main([*command, *names]) == 0
+    state = json.loads(Path("out/trainer_state.json").read_text())
+    assert state["log_history"][0]["reward"] == pytest.approx(
+        state["log_history"][0]["rewards/length/mean"]
+        + state["log_history"][0]["rewards/repetition_penalty_reward/mean"]
+    )
+    assert main([*command, "--reward_funcs", "acuracy_reward"]) == 1
+    assert "did you mean accuracy_reward" in capsys.readouterr().err
 
 
 # Errors

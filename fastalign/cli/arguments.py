@@ -35,6 +35,23 @@ class ScriptArguments:
             self.dataset_columns = parse_columns(self.dataset_columns)
 
 
+@dataclass
+class RewardScriptArguments(ScriptArguments):
+    """Where the rows come from, and what completions are worth."""
+
+    reward_model_name_or_path: str | None = arg(None, "Reward model that scores completions: Hub name or folder.")
+    reward_funcs: list[str] | None = arg(
+        None, "Reward functions: names of fastalign.rewards, or dotted paths of your own (my_rewards.exact)."
+    )
+
+    def rewards(self) -> list[Any]:
+        """The reward model and the functions; ValueError for names that are neither."""
+        from ..rewards import find_rewards
+
+        model = [self.reward_model_name_or_path] if self.reward_model_name_or_path else []
+        return model + find_rewards(self.reward_funcs or [])
+
+
 def parse_columns(text: str) -> dict[str, str]:
     """`"prompt=question,completion=answer"` -> `{"prompt": "question", ...}`; ValueError if malformed."""
     pairs = [part.split("=") for part in text.split(",")]

@@ -15,11 +15,19 @@ from transformers import TrainingArguments
 TITLES = {
     "AlignConfig": "training loop",
     "AnswerArgs": "answers",
+    "BatchArgs": "batches of completions",
+    "CompletionLogArgs": "log of completions",
+    "CorrectionArgs": "correction of engines",
     "DatasetMixtureConfig": "data",
+    "EngineArgs": "engine",
+    "GroupArgs": "batches of completions",
     "LengthArgs": "sequences",
     "LoadArgs": "model loading",
     "ModelArgs": "model loading",
+    "MovingReferenceArgs": "reference",
+    "RewardArgs": "rewards",
     "RowArgs": "sequences",
+    "SamplingArgs": "sampling",
 }
 SECTIONS = {  # fields that the documentation of `TrainingArguments` has under no heading, or under a misleading one
     "output_dir": "Training Duration and Batch Size",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import sys
 from typing import Any
@@ -14,16 +15,18 @@ from ..data.mixture import DatasetMixtureConfig, get_dataset
 from ..loop.health import HealthError
 from ..models import model_class
 from ..report.settings import write_settings
-from .arguments import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
+from .arguments import ModelConfig, RewardScriptArguments, ScriptArguments, get_peft_config, get_quantization_config
 from .launch import add_launch_option, launch, split_launch_arguments, was_launched
 from .parser import AlignParser
 
 logger = logging.getLogger(__name__)
 
 
-def make_parser(name: str, config_class: type) -> AlignParser:
-    """The parser of `fastalign NAME`."""
-    kinds: tuple[Any, ...] = (ScriptArguments, config_class, ModelConfig, DatasetMixtureConfig)
+def make_parser(name: str, config_class: type, trainer_class: type | None = None) -> AlignParser:
+    """The parser of `fastalign NAME`, which takes rewards where the trainer does."""
+    scores = trainer_class is not None and "reward_funcs" in inspect.signature(trainer_class).parameters
+    script_class = RewardScriptArguments if scores else ScriptArguments
+    kinds: tuple[Any, ...] = (script_class, config_class, ModelConfig, DatasetMixtureConfig)
     parser = AlignParser(
         kinds,
         prog=f"fastalign {name}",
@@ -37,7 +40,7 @@ def make_parser(name: str, config_class: type) -> AlignParser:
 
 def run(name: str, config_class: type, trainer_class: type, arguments: list[str]) -> int:
     """Run `fastalign NAME` with `arguments`; returns the exit code (1: model or data, 2: an option, 3: health)."""
-    parser = make_parser(name, config_class)
+    parser = make_parser(name, config_class, trainer_class)
     try:
         own, file_rest = parser.read_config_option(arguments)
         namespace, rest = parser.parse_known_args(
@@ -100,6 +103,8 @@ def make_trainer(trainer_class, script_args, training_args, model_args, mixture)
             "attn_implementation": model_args.attn_implementation,
             "dtype": model_args.dtype,
         } | (training_args.model_init_kwargs or {})
+    if isinstance(script_args, RewardScriptArguments):
+        given["reward_funcs"] = script_args.rewards()
     trainer = trainer_class(
         model=model,
         args=training_args,

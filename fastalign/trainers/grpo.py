@@ -79,7 +79,7 @@ class GRPOConfig(
     vespo_k_neg: float = arg(3.0, "vespo: exponent at negative advantages.")
     vespo_lambda_neg: float = arg(2.0, "vespo: decay at negative advantages.")
     clip_ratio_c: float = arg(20.0, "dppo: the largest ratio.")
-    scale_rewards: str | bool = arg("group", "Divide advantages by the deviation of: group, batch, or none.")
+    scale_rewards: str = arg("group", "Divide advantages by the deviation of: group, batch, or none.")
     multi_objective_aggregation: str = arg(
         "sum_then_normalize",
         "Several rewards: added up, then normalised; or each normalised first (GDPO, arXiv:2601.05242).",
@@ -101,7 +101,8 @@ class GRPOConfig(
 
     def __post_init__(self):
         super().__post_init__()
-        self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)  # pyright: ignore
+        scale = str(self.scale_rewards).lower()  # True and False are TRL's, too
+        self.scale_rewards = {"true": "group", "false": "none"}.get(scale, scale)
         self.check_model_args()
         self.check_reference_args()
         self.check_sampling_args()
