@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from fastalign_kernels.losses.value import episode_targets
@@ -12,6 +13,8 @@ from fastalign.adapters import add_adapter
 from fastalign.data.collate import collate_flat, collate_padded
 from fastalign.models import LoadedModel
 from fastalign.reward_head import prepare_reward_model
+from fastalign.rollout.buffer import Experience
+from fastalign.rollout.states import add_last_state, set_targets
 from fastalign.value_model import make_value_model, state_values
 
 F64 = torch.float64
@@ -61,6 +64,27 @@ def test_targets_equal_the_padded_recursion(kl_estimator, gamma, lam, whiten_rew
     )
     torch.testing.assert_close(found.advantages, advantages)
     torch.testing.assert_close(found.returns, returns)
+
+
+def test_states_of_experiences_by_hand():
+    """Without divergence and discount returns are the score, and advantages, before whitening, what it adds."""
+    ended, cut = (
+        Experience(np.array([7]), np.array(ids), np.arange(len(ids)), 0, tokens={"old_logp": -torch.ones(len(ids))})
+        for ids in ([5, 6, 2], [5, 6, 8, 9])
+    )
+    for one in (ended, cut):
+        add_last_state(one, 4, 0)
+        one.tokens["value"] = torch.arange(float(one.num_learned))
+    assert ended.completion_ids.tolist() == [5, 6, 2, 0] and ended.learned_at.tolist() == [0, 1, 2, 3]
+    assert ended.tokens["has_token"].tolist() == [1, 1, 1, 0] and cut.tokens["has_token"].tolist() == [1] * 4
+    options = {"kl_coef": 0.0, "kl_estimator": "k1", "whiten_rewards": False, "gamma": 1.0, "lam": 1.0}
+    sums = set_targets([ended, cut], torch.tensor([3.0, -1.0]), "cpu", **options)
+    assert ended.tokens["return"].tolist() == [3.0] * 4 and cut.tokens["return"].tolist() == [-1.0] * 4
+    plain = torch.tensor([3.0, 2, 1, -1, -2, -3, -4])  # of the seven tokens: the last state has none
+    expected = (plain - plain.mean()) / plain.std()
+    found = torch.cat([ended.tokens["advantage"], cut.tokens["advantage"]])
+    torch.testing.assert_close(found, torch.cat([expected[:3], torch.zeros(1), expected[3:]]))
+    assert {name: float(value) for name, value in sums.items()} == {"entropy": 7.0, "scores": 2.0}
 
 
 @pytest.mark.parametrize("allow_flat", [True, False])
