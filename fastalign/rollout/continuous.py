@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import torch
 from fastalign_kernels.head.sampling import Distribution
+from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
 
@@ -23,6 +24,7 @@ from ..policy_check import is_whole, quiet
 from .engine import Completion, Request, SyncReport
 from .native_attention import configs_of
 from .native_cache import bytes_per_token
+from .native_forward import is_exact
 from .native_sampling import Plan, plan_of
 
 logger = logging.getLogger(__name__)
@@ -53,6 +55,7 @@ class ContinuousEngine:
         """`options` are those of `ContinuousBatchingConfig` (ValueError for one it does not have)."""
         self.model, self.base = model, unwrap(model)
         self.version = 0
+        self.exact = is_exact(self.base, autocast)
         known = {field.name for field in fields(ContinuousBatchingConfig)}
         if unknown := sorted(set(options or {}) - known):
             raise ValueError(
@@ -66,9 +69,8 @@ class ContinuousEngine:
             )
         policy_info(model)
         self._options = dict(options or {})
-        self._autocast = autocast
         self._seeds = random.Random(seed)
-        self._random = torch.Generator().manual_seed(seed).get_state()
+        self._random: list[Tensor] | None = None  # its own stream, once the manager has seeded it
         self._configs = configs_of(self.base)
         self._waiting: deque[tuple[Request, Plan]] = deque()
         self._running: dict[str, tuple[Request, Plan]] = {}
@@ -76,12 +78,6 @@ class ContinuousEngine:
         self._kind: Distribution | None = None
         self._paused = ExitStack()
         self._number = 0
-
-    @property
-    def exact(self) -> bool:
-        """Log-probabilities equal the training model's: not so with 16-bit products, which round with the batch."""
-        with self._autocast():
-            return self.base.dtype.itemsize >= 4 and not torch.is_autocast_enabled(self.base.device.type)
 
     @property
     def pending(self) -> int:
@@ -169,6 +165,7 @@ class ContinuousEngine:
         if self._waiting and self._manager is None:
             self._kind = self._waiting[0][1].distribution
             self._begin()
+        manager: Any = self._manager
         later: deque[tuple[Request, Plan]] = deque()
         while self._waiting:
             request, plan = self._waiting.popleft()
@@ -179,7 +176,7 @@ class ContinuousEngine:
             name = f"fastalign_{self._number}"
             self._running[name] = request, plan
             stops: Any = list(plan.stop_ids) or -1
-            self._manager.add_request(request.prompt_ids, name, plan.max_new_tokens, eos_token_id=stops)
+            manager.add_request(request.prompt_ids, name, plan.max_new_tokens, eos_token_id=stops)
         self._waiting = later
 
     def _begin(self) -> None:
@@ -193,7 +190,7 @@ class ContinuousEngine:
         self._manager.start()
 
     def _settings(self) -> dict[str, Any]:
-        """Options of the manager: the user's, else half of a GPU's memory for caches, or what waiting requests need."""
+        """Options of the manager: the user's, else half of a GPU's memory, of a host's what is needed."""
         own: dict[str, Any] = {"return_logprobs": True, "seed": self._seeds.getrandbits(31)}
         if "auto_switch_to_flash" in {field.name for field in fields(ContinuousBatchingConfig)}:
             own["auto_switch_to_flash"] = False  # training and sampling attend alike
@@ -234,9 +231,9 @@ class ContinuousEngine:
     def _swapped(self) -> Iterator[None]:
         """The attention that the model was loaded with, and the engine's own random stream."""
         names = [(config, config._attn_implementation) for config in self._configs]
-        cuda = self.base.device if self.base.device.type == "cuda" else None
-        outside = torch.get_rng_state(), None if cuda is None else torch.cuda.get_rng_state(cuda)
-        torch.set_rng_state(self._random)
+        outside = _random_state(self.base.device)
+        if self._random is not None:
+            _set_random_state(self._random, self.base.device)
         for config, name in names:
             plain = original_of(name or "sdpa")
             config._attn_implementation_internal = "paged|eager" if plain == "eager" else plain
@@ -245,10 +242,18 @@ class ContinuousEngine:
         finally:
             for config, name in names:
                 config._attn_implementation_internal = name
-            self._random = torch.get_rng_state()
-            torch.set_rng_state(outside[0])
-            if cuda is not None:
-                torch.cuda.set_rng_state(outside[1], cuda)
+            self._random = _random_state(self.base.device)
+            _set_random_state(outside, self.base.device)
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def _set_random_state(states: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    for state in states[1:]:
+        torch.cuda.set_rng_state(state, device)
 
 
 @functools.cache

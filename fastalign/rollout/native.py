@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 import torch
 from fastalign_kernels.attention import Segments
+from torch import Tensor
 
 from ..data.collate import collate_flat
 from ..flat_attention import flat_batch
@@ -21,7 +22,7 @@ from .engine import Completion, Request, SyncReport
 from .native_attention import configs_of, decoding
 from .native_cache import DecodeCache, KeyValues, PrefillCache, bytes_per_token, joined
 from .native_cohort import Cohort, Row, merged
-from .native_forward import Owners, next_tokens
+from .native_forward import Owners, is_exact, next_tokens
 from .native_own_cache import OwnCache
 from .native_sampling import Plan, plan_of
 
@@ -60,6 +61,7 @@ class NativeEngine:
         self.model = model
         self.base = unwrap(model)
         self.version = 0
+        self.exact = is_exact(self.base, autocast)
         self.max_rows, self.tokens_per_step = max_rows, tokens_per_step
         self._autocast = autocast
         self._cache_bytes, self._bytes_per_token = cache_bytes, bytes_per_token(self.base)
@@ -74,12 +76,6 @@ class NativeEngine:
             )
         self.info = policy_info(model)
         self._configs = configs_of(self.base)
-
-    @property
-    def exact(self) -> bool:
-        """Log-probabilities equal the training model's: not so with 16-bit products, which round with the batch."""
-        with self._autocast():
-            return self.base.dtype.itemsize >= 4 and not torch.is_autocast_enabled(self.base.device.type)
 
     @property
     def pending(self) -> int:
@@ -216,7 +212,7 @@ class NativeEngine:
             inputs |= {"past_key_values": kept, "use_cache": True}
             segments = Segments(batch.cu_seqlens, batch.max_seqlen) if batch.num_segments > 1 else None
             with flat_batch(segments):
-                found = next_tokens(self.model, self.base, self.info.form, inputs, source, [(cohort, places)])
+                found = self.next_tokens(inputs, source, [(cohort, places)])
             ids[places], logps[places] = found[0], found[1]
             cache.fill_prefix(kept.kept, chunk)
         cohort.put(ids, logps, self.version)
@@ -238,7 +234,7 @@ class NativeEngine:
         source = torch.arange(len(last), device=last.device)
         owners: Owners = [(cohort, None) for cohort in flat]
         with decoding(self._configs, cache), flat_batch(None):
-            ids, logps, _ = next_tokens(self.model, self.base, self.info.form, inputs, source, owners)
+            ids, logps, _ = self.next_tokens(inputs, source, owners)
         sizes = [len(cohort.rows) for cohort in flat]
         for cohort, own_ids, own_logps in zip(flat, ids.split(sizes), logps.split(sizes), strict=True):
             cohort.cache.length += 1  # pyright: ignore
@@ -254,10 +250,14 @@ class NativeEngine:
         num_rows, length = inputs["input_ids"].shape
         source = torch.arange(1, num_rows + 1, device=cohort.device) * length - 1
         with flat_batch(None):
-            ids, logps, output = next_tokens(self.model, self.base, self.info.form, inputs, source, [(cohort, None)])
+            ids, logps, output = self.next_tokens(inputs, source, [(cohort, None)])
         cache.take(output)
         cohort.put(ids, logps, self.version)
         return self._collect(cohort)
+
+    def next_tokens(self, inputs: dict[str, Any], source: Tensor, owners: Owners) -> tuple[Tensor, Tensor, Any]:
+        """One forward: see `native_forward.next_tokens`."""
+        return next_tokens(self.model, self.base, self.info.form, inputs, source, owners)
 
     def _collect(self, cohort: Cohort) -> list[Completion]:
         """Take out the rows that are done."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from fastalign_kernels.head.sampling import Distribution, sample_tokens
+from fastalign_kernels.head.sampling import Distribution, SecondHead, sample_tokens
 from fastalign_kernels.head.token_stats import LogitForm
 from torch import Tensor, nn
 
@@ -17,10 +19,16 @@ Owners = list[tuple[Cohort, list[int] | None]]  # whose next tokens: cohorts, an
 
 
 def next_tokens(
-    model: nn.Module, base: Any, form: LogitForm, inputs: dict[str, Any], source: Tensor, owners: Owners
+    model: nn.Module,
+    base: Any,
+    form: LogitForm,
+    inputs: dict[str, Any],
+    source: Tensor,
+    owners: Owners,
+    second: SecondHead | None = None,
 ) -> tuple[Tensor, Tensor, Any]:
     """Tokens (B,) int64 after the positions `source` (B,) of the flattened input, which belong to `owners` in their
-    order, log-probabilities (B,) fp32 in nats, and the model's output."""
+    order, log-probabilities (B,) fp32 in nats, and the model's output. `second`: drawn from a mixture of two models."""
     uniform = torch.cat([cohort.uniforms[_rows(cohort, places), cohort.count] for cohort, places in owners])
     parts = _parts(owners, source.device)
 
@@ -32,11 +40,29 @@ def next_tokens(
                 found = [c.seen_tokens(weight.shape[0])[_rows(c, places)] for c, places in owners]
                 seen = torch.cat(found)[rows]
             thin = None if low_rank is None else (low_rank[0][rows], low_rank[1])
+            other = None if second is None else second.of(rows)
             ids[rows], logps[rows] = sample_tokens(
-                hidden[rows], weight, uniform[rows], distribution, seen=seen, low_rank=thin, **options
+                hidden[rows], weight, uniform[rows], distribution, seen=seen, low_rank=thin, second=other, **options
             )
         return uniform.new_zeros(()), (ids, logps)
 
+    (ids, logps), output = _answer(model, base, form, inputs, source, op)
+    return ids, logps, output
+
+
+def second_head(
+    model: nn.Module, base: Any, form: LogitForm, inputs: dict[str, Any], source: Tensor, share: float
+) -> SecondHead:
+    """What `model` says after the positions `source` (B,), with weight `share` in a mixture."""
+
+    def op(hidden: Tensor, weight: Tensor, **options):
+        return hidden.new_zeros(()), SecondHead(share, hidden, weight, **options)
+
+    return _answer(model, base, form, inputs, source, op)[0]
+
+
+def _answer(model: nn.Module, base: Any, form: LogitForm, inputs: dict[str, Any], source: Tensor, op: Any):
+    """What `op` makes of the hidden states at `source` and the head, and the model's output."""
     request = ScoringRequest(
         source=source,
         targets=source,
@@ -49,8 +75,13 @@ def next_tokens(
     )
     with scoring(request), head_output_kept(base):
         output = model(**inputs)
-    ids, logps = request.result
-    return ids, logps, output
+    return request.result, output
+
+
+def is_exact(base: Any, autocast: Callable[[], AbstractContextManager]) -> bool:
+    """Sampled log-probabilities equal the training model's; with 16-bit products they round with the batch."""
+    with autocast():
+        return base.dtype.itemsize >= 4 and not torch.is_autocast_enabled(base.device.type)
 
 
 def _rows(cohort: Cohort, places: list[int] | None) -> Any:

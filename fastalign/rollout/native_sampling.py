@@ -33,8 +33,8 @@ def plan_of(sampling: Sampling, engine: str) -> Plan:
         values["temperature"] = 0.0
     if options:
         raise ValueError(
-            f"`generation_kwargs` has {', '.join(sorted(options))}, which the engine {engine!r} does not know; it knows "
-            f"do_sample, {', '.join(values)}. Leave the others out, or set `use_vllm=True` for vLLM's."
+            f"`generation_kwargs` has {', '.join(sorted(options))}, which the engine {engine!r} does not know; it "
+            f"knows do_sample, {', '.join(values)}. Leave the others out, or set `use_vllm=True` for vLLM's."
         )
     if sampling.regex is not None:
         raise ValueError(
