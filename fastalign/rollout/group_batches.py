@@ -230,31 +230,33 @@ def cut(
     budget: int | None = None,
     at_least: int = 1,
     share: bool = False,
+    together: int = 1,
 ) -> list[list[Experience]]:
     """Micro-batches of `size` sequences, or of at most `budget` tokens: groups stay together where they fit.
 
-    A sequence above the budget is alone. Where fewer than `at_least` result, the largest are halved.
+    `together` neighbours of a group are never parted; above the budget they are alone. Where fewer than `at_least`
+    result, the largest are halved.
     """
     if budget is None:
         batches = [list(experiences[i : i + size]) for i in range(0, len(experiences), size)]
     else:
-        batches = _within(experiences, collator, budget, share)
-    while len(batches) < at_least and (largest := max(batches, key=len, default=[])) and len(largest) > 1:
+        batches = _within(experiences, collator, budget, share, together)
+    while len(batches) < at_least and len(largest := max(batches, key=len, default=[])) > together:
         place = next(i for i, batch in enumerate(batches) if batch is largest)
-        middle = len(largest) // 2
+        middle = max(len(largest) // 2 // together, 1) * together
         batches[place : place + 1] = [largest[:middle], largest[middle:]]
     return batches
 
 
 def _within(
-    experiences: Sequence[Experience], collator: GroupCollator, budget: int, share: bool
+    experiences: Sequence[Experience], collator: GroupCollator, budget: int, share: bool, together: int
 ) -> list[list[Experience]]:
     """Best fit of groups, largest first; padded rows count as the rectangle."""
     pieces: list[tuple[int, list[Experience]]] = []
     for group in _groups(experiences):
         piece: list[Experience] = []
         for one in group:
-            if piece and _cost([*piece, one], collator, share) > budget:
+            if piece and len(piece) % together == 0 and _cost([*piece, one], collator, share) > budget:
                 pieces.append((_cost(piece, collator, share), piece))
                 piece = []
             piece.append(one)

@@ -50,10 +50,10 @@ class BatchPlan:
     world: int = 1
 
     @classmethod
-    def of_training(cls, args: Any, rank: int, world: int) -> BatchPlan:
-        """The sizes that `BatchArgs` ask for."""
+    def of_training(cls, args: Any, rank: int, world: int, rows_of_one: int = 1) -> BatchPlan:
+        """The sizes that `BatchArgs` ask for, whose batch size counts `rows_of_one` completions as one."""
         return cls(
-            micro_size=args.per_device_train_batch_size,
+            micro_size=args.per_device_train_batch_size * rows_of_one,
             num_parts=args.steps_per_generation,
             num_iterations=args.num_iterations,
             accumulation=args.gradient_accumulation_steps,

@@ -72,6 +72,7 @@ class UpdateStatistics:
         self.seen = [0] * step.num_micro  # learned tokens that were run
         self.totals: dict[str, Tensor] = {}  # (num_micro,)
         self.counts: dict[str, list[int]] = {}
+        self.skipping: set[str] = set()  # names of which micro-batches without values do not count
         self.extremes: dict[str, tuple[Tensor, bool]] = {}
 
     def begin(self, batch: GroupBatch) -> None:
@@ -100,6 +101,14 @@ class UpdateStatistics:
             sums = sums / self.batch_rows.lengths.clamp(min=1)
         self._add(name, self.member.float() @ sums)
         self.counts[name] = counts or (self.seen if over_seen else self.rows if of_rows else self.tokens)
+        if over_seen:
+            self.skipping.add(name)
+
+    def mean_of_rows(self, name: str, values: Tensor) -> None:
+        """Mean of values (R,) over the sequences that are learned from."""
+        self._add(name, self.member.float() @ values.float())
+        self.counts[name] = [sum(one.num_learned > 0 for one in part) for part in self.step.parts]
+        self.skipping.add(name)
 
     def sum(self, name: str, values: Tensor) -> None:
         """Sum of values (N,), over the ranks the mean."""
@@ -123,7 +132,7 @@ class UpdateStatistics:
         """Hand everything over."""
         for name, totals in self.totals.items():
             for total, count in zip(totals.unbind(), self.counts[name], strict=True):
-                metrics.mean(name, total, count, skip_empty=self.counts[name] is self.seen)
+                metrics.mean(name, total, count, skip_empty=name in self.skipping)
         for name, (found, largest) in self.extremes.items():
             for number, value in enumerate(found.unbind()):
                 if self.seen[number] < self.tokens[number]:  # a sequence that was not run has zeros

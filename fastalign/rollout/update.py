@@ -25,11 +25,13 @@ def batches_of_step(
     size: int,
     budget: int | None = None,
     rounds: Callable[[int], int] = lambda count: count,
+    together: int = 1,
 ) -> list[GroupBatch]:
     """The batches of `step` that this rank runs, `weights` (of each token) of its parts' experiences in them.
 
     Experiences without learned tokens, and those that `skips` names, are left out; one batch at least is made, so that
-    there is a gradient. `rounds(number of batches)` says how many this rank has to run.
+    there is a gradient. `rounds(number of batches)` says how many this rank has to run. Groups are cut at multiples of
+    `together`.
     """
     numbers: dict[int, tuple[int, float]] = {}  # id -> micro-batch, weight
     experiences: list[Experience] = []
@@ -39,12 +41,12 @@ def batches_of_step(
                 one = copy.copy(experience)  # it may be in the step more than once
                 numbers[id(one)] = micro, weight
                 experiences.append(one)
-    experiences = experiences or [_without_loss(step)]
-    options = {"size": size, "budget": budget, "share": collator.shares(experiences)}
+    experiences = experiences or [_without_loss(step)] * together
+    options = {"size": size, "budget": budget, "share": collator.shares(experiences), "together": together}
     parts = cut(experiences, collator, **options)
     if (most := rounds(len(parts))) > len(parts):
         parts = cut(experiences, collator, **options, at_least=most)
-        parts += [[_without_loss(step)] for _ in range(most - len(parts))]
+        parts += [[_without_loss(step)] * together for _ in range(most - len(parts))]
     made = []
     for part in parts:
         batch = collator(part, options["share"])
@@ -70,6 +72,33 @@ def _without_loss(step: Step) -> Experience:
     names = {name for one in known for name in one.tokens}
     zeros = {name: torch.zeros(1) for name in names}
     return Experience(shortest.prompt_ids, np.zeros(1, np.int64), np.zeros(1, np.int64), -1, tokens=zeros)
+
+
+def loss_weights(
+    step: Step, kind: str, *, steps_per_generation: int, max_completion_length: int | None = None
+) -> list[list[float]]:
+    """Weight of each token of the experiences of `step.parts`, by `kind` (`policy_gradient.WEIGHTINGS`).
+
+    Nominal micro-batches are averaged, as TRL does, and gradients over ranks; experiences without tokens count.
+    """
+    found = []
+    for part, num_items in zip(step.parts, step.num_items, strict=True):
+        lengths = [max(one.num_learned, 1) for one in part]
+        if kind == "row_mean":
+            found.append([1 / (length * len(part) * step.num_micro) for length in lengths])
+            continue
+        if kind == "batch_tokens":  # of the whole generation batch, of which the step may be a part
+            weight = 1 / (num_items * (step.num_micro / steps_per_generation if step.training else 1.0))
+        elif kind == "token_mean":
+            weight = 1 / (max(sum(one.num_learned for one in part), 1) * step.num_micro)
+        elif kind == "max_length":
+            assert max_completion_length is not None
+            weight = 1 / (len(part) * max_completion_length * step.num_micro)
+        else:
+            assert kind == "row_sum", kind
+            weight = 1 / (len(part) * step.num_micro)
+        found.append([weight] * len(part))
+    return found
 
 
 def run_pass(

@@ -17,7 +17,7 @@ from ..adapters import is_peft_model
 from . import vllm_loading
 from .engine import Completion, Request, Sampling, SyncReport
 from .vllm_adapter import AdapterFiles, engine_options, why_merged
-from .vllm_process import OwnClasses, Surroundings
+from .vllm_process import OwnClasses, surroundings
 from .vllm_sleep import Sleep
 from .weights import TrainingWeights, WeightPath
 
@@ -49,7 +49,7 @@ class VLLMEngine:
         self.version = 0
         self._pending: dict[str, _Pending] = {}
         self._ids = itertools.count()
-        self._surroundings = Surroundings()
+        self._surroundings = surroundings()
         merged = why_merged(model)
         self._adapter = AdapterFiles(model) if is_peft_model(model) and not merged else None
         self._path = WeightPath(TrainingWeights(model, merged=bool(merged)), reason=merged)
@@ -58,7 +58,7 @@ class VLLMEngine:
         with self._surroundings.building():
             self._engine = self._build(processing_class, config, dtype, sampling)
         self._sleep = Sleep(self._engine, bool(getattr(config, "vllm_enable_sleep_mode", False)) and not self._on_cpu)
-        self._at_exit = weakref.finalize(self, shut_down, self._engine, self._surroundings)
+        self._at_exit = weakref.finalize(self, self._surroundings.close, self._engine)
         self.exact = dtype == torch.float32 and self._on_cpu
         try:
             self._try_out()
@@ -235,13 +235,6 @@ class VLLMEngine:
         self._folder.cleanup()
         if self._adapter is not None:
             self._adapter.close()
-
-
-def shut_down(engine: Any, surroundings: Surroundings) -> None:
-    """End `engine`; parameters that were its memory keep it."""
-    with surroundings.inside():
-        engine.engine_core.shutdown()
-    surroundings.close()
 
 
 def needs_tokenizer(config: Any, sampling: Sampling) -> bool:

@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 START = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs --max-logprobs -1"
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0  # seconds between two attempts
+CONNECT_TIMEOUT = 30.0  # seconds
 ANSWER_TIMEOUT = 3600.0  # seconds for one answer: a long completion behind many others
 AWAY = (ConnectionError, TimeoutError, http.client.HTTPException, OSError)
 TEMPORARY = (500, 502, 503, 504)
@@ -59,7 +60,7 @@ class Client:
         return self.call("POST", path, body or {}, query)
 
     def call(self, method: str, path: str, body: dict | None, query: dict[str, Any]) -> Any:
-        """The answer read as JSON, None where it is empty.
+        """The answer read as JSON, as text where it is none, None where it is empty.
 
         Tried again while the server is away or answers with a temporary error. ConnectionError after `timeout`
         seconds of that, ServerError for any other refusal.
@@ -69,9 +70,9 @@ class Client:
         pause, deadline, problem, epoch = FIRST_PAUSE, None, "", self._epoch
         while True:
             try:
-                status, answer = self._once(method, target, data)
+                status, answer = self._once(method, target, data, epoch)
                 if status < 300:
-                    return json.loads(answer) if answer.strip() else None
+                    return _read(answer)
                 problem = f"HTTP {status}: {answer[:500].decode(errors='replace')}"
                 if status not in TEMPORARY:
                     raise ServerError(f"The vLLM server refused {method} {self._where(path)}: {problem}", status)
@@ -105,14 +106,20 @@ class Client:
         with self._lock:
             self.counts[what] += 1
 
-    def _once(self, method: str, target: str, data: bytes | None) -> tuple[int, bytes]:
-        connection = getattr(self._own, "connection", None)
-        if connection is None or connection.sock is None:
-            connection = self._own.connection = self._kind(self.host, self.port, timeout=min(30.0, self.timeout + 1))
-            connection.connect()
-            connection.sock.settimeout(ANSWER_TIMEOUT)
-            with self._lock:
-                self._open.add(connection)
+    def _once(self, method: str, target: str, data: bytes | None, epoch: int) -> tuple[int, bytes]:
+        kept = getattr(self._own, "connection", None)
+        if kept is not None and kept.sock is not None:
+            with contextlib.suppress(ConnectionError, http.client.RemoteDisconnected):
+                return self._ask(kept, method, target, data)  # unless the server has closed it for being idle
+            self._check_wanted(epoch)
+        connection = self._own.connection = self._kind(self.host, self.port, timeout=CONNECT_TIMEOUT)
+        connection.connect()
+        connection.sock.settimeout(ANSWER_TIMEOUT)
+        with self._lock:
+            self._open.add(connection)
+        return self._ask(connection, method, target, data)
+
+    def _ask(self, connection: http.client.HTTPConnection, method: str, target: str, data: bytes | None):
         try:
             connection.request(method, target, data, {"Content-Type": "application/json"})
             response = connection.getresponse()
@@ -137,3 +144,12 @@ class Client:
                 with contextlib.suppress(OSError):
                     connection.sock.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits for the answer
         self._hung_up = threading.Event()
+
+
+def _read(answer: bytes) -> Any:
+    if not answer.strip():
+        return None
+    try:
+        return json.loads(answer)
+    except ValueError:
+        return answer.decode(errors="replace")

@@ -37,16 +37,16 @@ class Surroundings:
     They differ in environment variables, random generators, the default process group of torch.distributed (so that
     a run of one process stays one for training), functions of torch that vLLM replaces on CPU
     (`torch.set_num_threads`, `torch.accelerator.synchronize`, ...), number of threads, precision of matrix products.
-    Make it before vLLM is imported.
+    Engines of one process share it, as they share vLLM's own globals; see `surroundings`.
     """
 
-    def __init__(self, environment: dict[str, str] | None = None):
-        """`environment` holds variables that the engine needs and training must not see."""
+    def __init__(self):
         if not _original:
             _original.update(_functions())
+        self.num_engines = 0  # that are open
         self._inside = False
         self._environment: dict[str, str | None] = {k: os.environ.get(k, v) for k, v in QUIET.items()}
-        self._environment |= SETTINGS | (environment or {})
+        self._environment |= SETTINGS
         self._random = _random_state()
         self._groups: dict[str, Any] = {name: {} for name in GROUP_TABLES}
         self._default_group: Any = None
@@ -62,8 +62,10 @@ class Surroundings:
                 try:
                     yield
                 except BaseException:
-                    self._clear_failed()
+                    if not self.num_engines:
+                        self._clear_failed()
                     raise
+                self.num_engines += 1
         finally:
             random.setstate(state[0])
             np.random.set_state(state[1])
@@ -103,16 +105,28 @@ class Surroundings:
                     _replaced[key] = function
             self._exchange()
 
-    def close(self) -> None:
-        """End the engine's process groups and keep those of training, which torch would forget with them."""
+    def close(self, engine: Any) -> None:
+        """End an engine; with the last one vLLM's process groups, not those of training."""
+        import vllm.v1.engine.core as core
+
+        self.num_engines -= 1
+        clean_up = core.cleanup_dist_env_and_memory
         with self.inside():
-            if torch.distributed.is_initialized():
-                torch.distributed.destroy_process_group()
-        count = len(c10d._pg_names)
+            if self.num_engines:  # the others need the groups
+                core.cleanup_dist_env_and_memory = lambda *args, **kwargs: None
+            try:
+                engine.engine_core.shutdown()
+            finally:
+                core.cleanup_dist_env_and_memory = clean_up
+        if not self.num_engines:
+            self._restore_groups()
+        gc.unfreeze()
+
+    def _restore_groups(self) -> None:
+        """Tell torch of training's groups again, which it forgets when a default group is destroyed."""
         for group, name in c10d._pg_names.items():
             c10d._register_process_group(name, group)
-        c10d._world.group_count = max(c10d._world.group_count, count)
-        gc.unfreeze()
+        c10d._world.group_count = max(c10d._world.group_count, len(c10d._pg_names))
 
     def _exchange(self) -> None:
         """Swap the state that is in place with the one that is kept."""
@@ -129,6 +143,16 @@ class Surroundings:
         if precision != self._precision:
             torch.set_float32_matmul_precision(self._precision)
         self._threads, self._precision = threads, precision
+
+
+_surroundings: list[Surroundings] = []
+
+
+def surroundings() -> Surroundings:
+    """Those of this process; called before vLLM is imported, so that what it replaces is known."""
+    if not _surroundings:
+        _surroundings.append(Surroundings())
+    return _surroundings[0]
 
 
 def _put(functions: dict[tuple[Any, str], Any]) -> None:

@@ -114,7 +114,7 @@ class Push:
     def _reset_cache(self) -> None:
         for _ in range(20):
             answer = self.client.post("/reset_prefix_cache", reset_running_requests="true")
-            if answer is None or answer.get("success", True):
+            if not isinstance(answer, dict) or answer.get("success", True):
                 return
             time.sleep(0.05)
         raise RuntimeError("The vLLM server kept its prefix cache, whose contents belong to older weights.")

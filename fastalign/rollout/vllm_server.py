@@ -132,9 +132,7 @@ class VLLMServerEngine:
             return []
         done, _ = wait(self._sent, timeout=MOMENT, return_when=FIRST_COMPLETED)
         if done and self._push.lost():  # sampled from the weights it was started with
-            logger.warning(
-                "The vLLM server has restarted: weights and %d requests go there again.", len(self._sent)
-            )
+            logger.warning("The vLLM server has restarted: weights and %d requests go there again.", len(self._sent))
             self.client.counts["restarts"] += 1
             requests = [sent.request for sent in self._sent.values()]
             self.abort()
