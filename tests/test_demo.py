@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastalign.cli.main import main
-from fastalign.demo import run
+from fastalign.demo import run, stages
 from fastalign.demo.evaluate import complete, score
 from fastalign.demo.model import make_model, make_tokenizer
 from fastalign.demo.task import Task, is_right, noisy_rows, preference_rows, sort_tasks
@@ -63,35 +63,29 @@ def test_batched_greedy_completion_is_that_of_one_prompt_at_a_time():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_short_demo_learns_and_leaves_a_model_that_loads(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(run, "NUM_DIGITS", 3)
-    monkeypatch.setattr(run, "NOISE", 0.3)
+def test_short_demo_learns_and_leaves_models_that_load(tmp_path, monkeypatch, capsys):
+    for name, value in {"NUM_DIGITS": 3, "NOISE": 0.3, "BATCH": 128, "PAIR_BATCH": 64, "PROMPTS": 32}.items():
+        monkeypatch.setattr(stages, name, value)
     monkeypatch.setattr(run, "NUM_HELD_OUT", 64)
-    monkeypatch.setattr(run, "BATCH", 128)
-    monkeypatch.setattr(run, "PAIR_BATCH", 64)
     assert main(["demo", "--output_dir", str(tmp_path), "--steps", "50"]) == 0
     out = capsys.readouterr().out
-    results = json.loads((tmp_path / "dpo" / "results.json").read_text())
+    results = json.loads((tmp_path / "grpo" / "results.json").read_text())
     rows = {row[0]: row[1:] for row in results["rows"]}
-    before, tuned, after = (float(text.rstrip("%")) for text in rows["accuracy, greedy"])
-    assert before <= 5 and tuned >= 60 and after >= tuned - 5
-    before, tuned, after = (float(text.rstrip("%")) for text in rows["accuracy, sampled"])
-    assert before <= 5 and tuned <= 60 and after >= tuned + 15
+    before, tuned, preferring, after = (float(text.rstrip("%")) for text in rows["accuracy, greedy"])
+    assert before <= 5 and tuned >= 60 and preferring >= tuned - 5 and after >= preferring - 5
+    before, tuned, preferring, after = (float(text.rstrip("%")) for text in rows["accuracy, sampled"])
+    assert before <= 5 and tuned <= 60 and preferring >= tuned + 5 and after >= preferring + 10
     losses = [float(text) for text in rows["held-out loss (nats/token)"]]
-    assert losses[1] < 0.5 < 2 < losses[0] and losses[2] < losses[1]
+    assert losses[1] < 0.5 < 2 < losses[0] and losses[3] < losses[2] < losses[1]
     assert str(tmp_path / "report.html") in out and "accuracy, greedy" in out
     page = (tmp_path / "report.html").read_text()
-    assert (
-        "sampled after DPO" in page
-        and "rewards/margins" in page
-        and "<h2>Health</h2>" in page
-        and "data-lines" in page
-    )
-    samples = [json.loads(line) for line in (tmp_path / "dpo" / "samples.jsonl").read_text().splitlines()]
+    shown = ("sampled after GRPO", "rewards/margins", "rewards/right_answer/mean", "<h2>Health</h2>", "data-lines")
+    assert all(text in page for text in shown)
+    samples = [json.loads(line) for line in (tmp_path / "grpo" / "samples.jsonl").read_text().splitlines()]
     assert all(s["correct"] == (s["completion"] == s["expected"]) for s in samples)
     tasks = sort_tasks(64, 3, seed=0)
-    for name in ("sft", "dpo"):
+    for name in run.STAGES:
         model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / name)
-        shown = [s["completion"] for s in samples if s["stage"] == f"sampled after {name.upper()}"]
-        assert len(shown) == 24 and score(model, tokenizer, tasks, seed=0).completions[:24] == shown
+        found = [s["completion"] for s in samples if s["stage"] == f"sampled after {name.upper()}"]
+        assert len(found) == 24 and score(model, tokenizer, tasks, seed=0).completions[:24] == found

@@ -1,4 +1,4 @@
-"""`fastalign demo`: make a model and a task, fine-tune, prefer right answers, compare, write the report."""
+"""`fastalign demo`: make a model and a task, fine-tune, prefer right answers, reinforce them, compare, report."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-NUM_DIGITS, NOISE = 6, 0.5
-STEPS, BATCH = 120, 256
-PAIR_BATCH = 128  # pairs of a step of the preference stage, which has half of the steps
+STEPS = 120  # of fine-tuning; the stages behind it have a sixth and two thirds of them
 NUM_HELD_OUT, NUM_SHOWN = 512, 24
+STAGES = ("sft", "dpo", "grpo")  # folders, in order
 
 
 @dataclass
@@ -26,87 +25,6 @@ class Stage:
     peak_bytes: int
     seconds: float
     completions: list[str]
-
-
-def sft_settings(*, steps: int, seed: int) -> dict:
-    """The fields of the demo's SFTConfig."""
-    return {
-        "max_steps": steps,
-        "per_device_train_batch_size": BATCH,
-        "per_device_eval_batch_size": BATCH,
-        "learning_rate": 2e-3,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": max(steps // 6, 1),
-        "adam_beta2": 0.95,
-        "max_length": 64,
-        "gradient_checkpointing": False,
-        "logging_steps": max(steps // 40, 1),
-        "eval_strategy": "steps",
-        "eval_steps": max(steps // 8, 1),
-        "save_strategy": "no",
-        "report_to": "none",
-        "seed": seed,
-    }
-
-
-def sft_trainer(model, tokenizer, tasks, output_dir: str, *, steps: int, seed: int):
-    """The trainer that fine-tunes `model` on noisy answers and evaluates it on the right answers of `tasks`."""
-    from datasets import Dataset
-
-    from fastalign import SFTConfig, SFTTrainer
-    from fastalign.loop.progress import TrainingProgress
-
-    from .progress import OneLine
-    from .task import noisy_rows, sort_tasks
-
-    held_out = frozenset(task.prompt for task in tasks)
-    train = Dataset.from_dict(noisy_rows(sort_tasks(steps * BATCH, NUM_DIGITS, seed + 1, held_out), NOISE, seed + 2))
-    test = Dataset.from_dict(noisy_rows(tasks, 0.0, seed))
-    settings = SFTConfig(output_dir, **sft_settings(steps=steps, seed=seed))
-    trainer = SFTTrainer(model, settings, train_dataset=train, eval_dataset=test, processing_class=tokenizer)
-    trainer.remove_callback(TrainingProgress)
-    trainer.add_callback(OneLine("SFT"))
-    return trainer
-
-
-def dpo_settings(*, steps: int, seed: int) -> dict:
-    """The fields of the demo's DPOConfig."""
-    return {
-        "max_steps": steps,
-        "per_device_train_batch_size": PAIR_BATCH,
-        "learning_rate": 1e-3,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": max(steps // 6, 1),
-        "loss_type": "apo_zero",  # which also raises the chosen answers, where there is room for little else
-        "beta": 1.0,
-        "kl_drift_bound": 3.0,  # rejected answers of seven characters are to become impossible
-        "max_length": 64,
-        "gradient_checkpointing": False,
-        "logging_steps": max(steps // 20, 1),
-        "save_strategy": "no",
-        "report_to": "none",
-        "seed": seed,
-    }
-
-
-def dpo_trainer(model, tokenizer, tasks, output_dir: str, *, steps: int, seed: int):
-    """The trainer that teaches `model` to prefer right answers to wrong ones; its reference is the model as it is."""
-    from datasets import Dataset
-
-    from fastalign import DPOConfig, DPOTrainer
-    from fastalign.loop.progress import TrainingProgress
-
-    from .progress import OneLine
-    from .task import preference_rows, sort_tasks
-
-    held_out = frozenset(task.prompt for task in tasks)
-    new = sort_tasks(steps * PAIR_BATCH, NUM_DIGITS, seed + 3, held_out)
-    settings = DPOConfig(output_dir, **dpo_settings(steps=steps, seed=seed))
-    pairs = Dataset.from_dict(preference_rows(new, seed + 4))
-    trainer = DPOTrainer(model, args=settings, train_dataset=pairs, processing_class=tokenizer)
-    trainer.remove_callback(TrainingProgress)
-    trainer.add_callback(OneLine("DPO"))
-    return trainer
 
 
 def measure(name: str, trainer, tokenizer, tasks, seed: int, *, tokens_per_second=None, seconds=0.0) -> Stage:
@@ -135,28 +53,47 @@ def train(trainer, folder: str, settings: dict) -> dict[str, float]:
 
 
 def run_demo(output_dir: str, *, seed: int = 0, steps: int = STEPS) -> list[Stage]:
-    """Run all stages, in order; models are left in `output_dir`/sft and `output_dir`/dpo, results in the latter."""
+    """Run all stages, in order; models are left in `output_dir`/sft, /dpo and /grpo, results in the last."""
     from .model import make_model, make_tokenizer
+    from .stages import (
+        BATCH,
+        NOISE,
+        NUM_DIGITS,
+        NUM_GENERATIONS,
+        PAIR_BATCH,
+        PROMPTS,
+        dpo_settings,
+        dpo_trainer,
+        grpo_settings,
+        grpo_trainer,
+        sft_settings,
+        sft_trainer,
+    )
     from .task import sort_tasks
 
-    sft, dpo = (str(Path(output_dir, name)) for name in ("sft", "dpo"))
+    sft, dpo, grpo = (str(Path(output_dir, name)) for name in STAGES)
+    few, most = max(steps // 6, 1), max(steps * 2 // 3, 1)
     tokenizer = make_tokenizer()
     model = make_model(tokenizer, seed=seed)
     tasks = sort_tasks(NUM_HELD_OUT, NUM_DIGITS, seed)
     print(
         f"Task: sort {NUM_DIGITS} digits. Model: Qwen2 from random weights, {model.num_parameters():,} parameters, "
-        f"{len(tokenizer)} characters. {steps} steps of {BATCH} examples, of which {NOISE:.0%} are wrong on purpose;\n"
-        f"then {steps // 2} steps of {PAIR_BATCH} pairs, in which the right answer is preferred to a wrong one.\n"
+        f"{len(tokenizer)} characters.\n"
+        f"SFT: {steps} steps of {BATCH} examples, of which {NOISE:.0%} are wrong on purpose.\n"
+        f"DPO: {few} steps of {PAIR_BATCH} pairs, in which the right answer is preferred to a wrong one.\n"
+        f"GRPO: {most} steps of {PROMPTS} tasks without answers, each tried {NUM_GENERATIONS} times and checked.\n"
     )
     judge = sft_trainer(model, tokenizer, tasks, sft, steps=steps, seed=seed)
     stages = [measure("before", judge, tokenizer, tasks, seed)]
     speed = train(judge, sft, sft_settings(steps=steps, seed=seed))
     stages.append(measure("after SFT", judge, tokenizer, tasks, seed, **speed))
-    steps = max(steps // 2, 1)
-    trainer = dpo_trainer(judge.model, tokenizer, tasks, dpo, steps=steps, seed=seed)
-    speed = train(trainer, dpo, dpo_settings(steps=steps, seed=seed))
+    trainer = dpo_trainer(judge.model, tokenizer, tasks, dpo, steps=few, seed=seed)
+    speed = train(trainer, dpo, dpo_settings(steps=few, seed=seed))
     stages.append(measure("after DPO", judge, tokenizer, tasks, seed, **speed))
-    write_stages(dpo, stages, tasks)
+    trainer = grpo_trainer(judge.model, tokenizer, tasks, grpo, steps=most, seed=seed)
+    speed = train(trainer, grpo, grpo_settings(steps=most, seed=seed))
+    stages.append(measure("after GRPO", judge, tokenizer, tasks, seed, **speed))
+    write_stages(grpo, stages, tasks)
     return stages
 
 
@@ -211,8 +148,9 @@ def main(arguments: list[str]) -> int:
     """Run the demo and say where model and report are."""
     parser = argparse.ArgumentParser(
         prog="fastalign demo",
-        description="Make a small model and a task with checkable answers, fine-tune it here and teach it to prefer "
-        "right answers (a minute and a half on two CPU cores), compare the stages, and write a report.",
+        description="Make a small model and a task with checkable answers, fine-tune it here, teach it to "
+        "prefer right answers, then let it try and learn from what was right (two minutes on two CPU cores), compare "
+        "the stages, and write a report.",
     )
     parser.add_argument(
         "--output_dir", default="demo_output", help="folder for model and report [default: demo_output]"
@@ -222,7 +160,8 @@ def main(arguments: list[str]) -> int:
         "--steps",
         type=int,
         default=STEPS,
-        help=f"optimizer steps of fine-tuning; preferences get half of them; fewer learn less [default: {STEPS}]",
+        help="optimizer steps of fine-tuning; DPO gets a sixth, GRPO two thirds of them; fewer learn less "
+        f"[default: {STEPS}]",
     )
     options = parser.parse_args(arguments)
     if options.steps < 1:
@@ -233,11 +172,11 @@ def main(arguments: list[str]) -> int:
     stages = run_demo(options.output_dir, seed=options.seed, steps=options.steps)
     table = result_table(stages)
     report = write_report(
-        [Path(options.output_dir, name) for name in ("sft", "dpo")],
+        [Path(options.output_dir, name) for name in STAGES],
         Path(options.output_dir, "report.html"),
         title="fastalign demo: sorting digits",
     )
     print(f"\n{format_table(table['columns'], table['rows'])}\n")
-    print(f"Model:  {Path(options.output_dir, 'dpo')} (load it with AutoModelForCausalLM.from_pretrained)")
+    print(f"Model:  {Path(options.output_dir, STAGES[-1])} (load it with AutoModelForCausalLM.from_pretrained)")
     print(f"Report: {report}")
     return 0
