@@ -158,14 +158,19 @@ class Reference:
 
     def token_logps(self, model: Any, batch: TokenBatch, temperature: float = 1.0) -> Tensor:
         """(N,) fp32 log-probabilities of the scored tokens, one forward without gradient; not from a cache."""
-        accelerator = self.trainer.accelerator
+        with self.active(model) as reference, self.trainer.accelerator.autocast():
+            return token_stats(reference, batch, temperature=temperature).stats.logp
+
+    @contextmanager
+    def active(self, model: Any) -> Iterator[Any]:
+        """Inside, the reference is a model to call: the second one, or the policy with its adapter off or replaced."""
         if self._source == "model":
             assert self.model is not None
-            with accelerator.autocast():
-                return token_stats(self.model, batch, temperature=temperature).stats.logp
-        inner = accelerator.unwrap_model(model, keep_torch_compile=False)
-        with _evaluating(inner), _adapter(inner, self._source), accelerator.autocast():
-            return token_stats(self.trainer.model, batch, temperature=temperature).stats.logp
+            yield self.model
+            return
+        inner = self.trainer.accelerator.unwrap_model(model, keep_torch_compile=False)
+        with _evaluating(inner), _adapter(inner, self._source):
+            yield self.trainer.model
 
     # Cached log-probabilities
 

@@ -51,6 +51,8 @@ class SampledDataTrainer(Trainer):
     config_class: type[AlignConfig]
     args: Any
     loss_is_normalized = True  # by `weights`
+    rows_of_one = 1  # completions that batch sizes count as one,
+    learned_of_one = 1  # and those of them that are learned from: they stay together in a batch
     attach = staticmethod(attach)
     _name = ""
     _tag_names: list[str] = []
@@ -143,6 +145,11 @@ class SampledDataTrainer(Trainer):
         """Prompts of a generation batch, over all ranks."""
         return self.args.generation_batch_size // self.args.num_generations
 
+    @property
+    def loss_temperature(self) -> float:
+        """Divides the logits of the loss, of the reference and of old log-probabilities."""
+        return self.args.temperature
+
     def needs_reference(self) -> bool:
         """Whether experiences get `tokens["ref_logp"]`."""
         return bool(getattr(self.args, "beta", 0.0))
@@ -155,7 +162,7 @@ class SampledDataTrainer(Trainer):
         """
         if not batch.training or self.knows_old:
             return []
-        size = batch.left * self.args.per_device_train_batch_size
+        size = batch.left * self.args.per_device_train_batch_size * self.rows_of_one
         return batch.experiences[size:]
 
     def learns(self, sample: Sample, truncated: bool) -> bool:
@@ -181,7 +188,7 @@ class SampledDataTrainer(Trainer):
 
     def batch_plan(self) -> BatchPlan:
         """The sizes of training."""
-        return BatchPlan.of_training(self.args, self.rank, self.world)
+        return BatchPlan.of_training(self.args, self.rank, self.world, self.rows_of_one)
 
     # Data
 
@@ -208,7 +215,8 @@ class SampledDataTrainer(Trainer):
             raise ValueError("Evaluation needs an eval_dataset.")
         args = self.args
         args.check_eval_batch()
-        size, groups_of = args.per_device_eval_batch_size, args.num_generations_eval or args.num_generations
+        size = args.per_device_eval_batch_size * self.rows_of_one
+        groups_of = args.num_generations_eval or args.num_generations
         plan = BatchPlan(size, 1, 1, 1, groups_of, rank=self.rank, world=self.world)
         return EvaluationLoader(
             dataset,
@@ -273,19 +281,16 @@ class SampledDataTrainer(Trainer):
     def score_ahead(self, batch: GenerationBatch) -> None:
         """The forward passes that the loss needs of samples, while their rewards are computed."""
         if (reference := self.reference) is not None:
-            temperature = self.args.temperature
-            self.attach(
-                "ref_logp",
-                batch.experiences,
-                self.run_pass(batch.experiences, lambda b: reference.token_logps(self.model, b, temperature)),
-            )
+            by = self.loss_temperature
+            logps = self.run_pass(batch.experiences, lambda b: reference.token_logps(self.model, b, by))
+            self.attach("ref_logp", batch.experiences, logps)
         if old := self.needs_old(batch):
             self.attach("old_logp", old, self.run_pass(old, self.policy_logps))
 
     def policy_logps(self, batch: GroupBatch) -> Tensor:
         """(N,) log-probabilities of the policy as it is now, without gradient."""
         with quiet(self.model), self.accelerator.autocast():
-            return token_stats(self.model, batch, temperature=self.args.temperature).stats.logp
+            return token_stats(self.model, batch, temperature=self.loss_temperature).stats.logp
 
     @property
     def knows_old(self) -> bool:
@@ -317,12 +322,14 @@ class SampledDataTrainer(Trainer):
             for part, made in zip(step.parts, step.made, strict=True):
                 for one in part if step.number > made else ():
                     one.tokens.setdefault("old_logp", one.tokens["sampling_logp"])
+        size = args.per_device_train_batch_size if step.training else args.per_device_eval_batch_size
         return batches_of_step(
             step,
             self.weights(step),
             self.collator,
             skips=self.skips if step.training else lambda _: False,
-            size=args.per_device_train_batch_size if step.training else args.per_device_eval_batch_size,
+            size=size * self.learned_of_one,
+            together=self.learned_of_one,
             budget=args.token_budget if step.training else None,
             rounds=self._rounds,
         )

@@ -38,6 +38,7 @@ LAYERS = [
         "fastalign.pairs",
         "fastalign.reference",
         "fastalign.reference_free",
+        "fastalign.sampled_pairs",
         "fastalign.unpaired",
         "fastalign.bema",
         "fastalign.value_model",

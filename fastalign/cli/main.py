@@ -56,6 +56,9 @@ TRAINERS = {  # name -> (what it does, X where fastalign.XConfig and fastalign.X
     "grpo": ("completions of a prompt judged against each other (GRPO and its relatives)", "GRPO"),
     "rloo": ("completions of a prompt judged against the mean of the others (RLOO)", "RLOO"),
     "ppo": ("a policy and its critic, from a reward model or functions (PPO)", "PPO"),
+    "online-dpo": ("the policy's own completions, compared in pairs (Online DPO)", "OnlineDPO"),
+    "nash-md": ("completions against those of a mixture with the reference (Nash-MD)", "NashMD"),
+    "xpo": ("completions against the reference's, with a bonus for exploring (XPO)", "XPO"),
     "reward": ("reward model from pairs of answers", "Reward"),
     "prm": ("process reward model from judged steps", "PRM"),
 }

@@ -28,7 +28,7 @@ def next_tokens(
     second: SecondHead | None = None,
 ) -> tuple[Tensor, Tensor, Any]:
     """Tokens (B,) int64 after the positions `source` (B,) of the flattened input, which belong to `owners` in their
-    order, log-probabilities (B,) fp32 in nats, and the model's output. `second`: drawn from a mixture of two models."""
+    order, log-probabilities (B,) fp32 in nats, and the model's output. `second`: they are drawn from a mixture."""
     uniform = torch.cat([cohort.uniforms[_rows(cohort, places), cohort.count] for cohort, places in owners])
     parts = _parts(owners, source.device)
 

@@ -129,7 +129,9 @@ class _PairObjective:
     def _losses(self, stats: TokenStats, span: slice, rows: slice, chosen: Tensor, rejected: Tensor) -> PairLosses:
         references = () if self.ref_logps is None else self._pair(self.ref_logps[rows])
         if callable(self.loss):
-            found = self.loss(chosen, rejected, *references, **self.settings)
+            pairs = slice(rows.start // self.answers.per_group, rows.stop // self.answers.per_group)
+            own = {k: v[pairs] if isinstance(v, Tensor) and v.dim() else v for k, v in self.settings.items()}
+            found = self.loss(chosen, rejected, *references, **own)
             if isinstance(found, PairLosses):
                 return found
             ratios = zip((chosen, rejected), references or (0.0, 0.0), strict=True)
@@ -240,7 +242,8 @@ def linear_preference_loss(
     `loss`: "dpo" (`preference_loss`; needs the reference), "cpo", "orpo", "tpo", or fn(chosen_logps, rejected_logps
     [, ref_chosen_logps, ref_rejected_logps], **settings) of (b,) tensors of any part of the pairs (of all, where
     `couples_pairs`), without side effects, which returns losses (b,) or `PairLosses`. `settings` go to the loss:
-    loss_type, beta, ... The reference: `ref_logps`, one per answer as rows number them, or a `ReferenceHead`.
+    loss_type, beta, ...; a function gets tensors (B,) among them in the same parts. The reference: `ref_logps`, one
+    per answer as rows number them, or a `ReferenceHead`.
 
     loss = sum of losses / pair_divisor (B) + nll_alpha * NLL / nll_divisor (its tokens), NLL over all tokens of the
     chosen answers (TPO: gold answers). nll_alpha (TRL's rpo_alpha, cpo_alpha, tpo_alpha) is 1 by default for cpo, orpo

@@ -9,7 +9,8 @@ temperature, top-k, top-p, min-p.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,26 @@ class Distribution:
     repetition_penalty: float = 1.0  # divides positive logits of tokens seen before, multiplies negative ones
 
 
+@dataclass(frozen=True)
+class SecondHead:
+    """A second model's say: the formed logits are (1 - share) times the first's plus share times these.
+
+    Their softmax is the geometric mixture p1^(1 - share) p2^share, normalised.
+    """
+
+    share: float
+    hidden: Tensor  # (N, D'), of the same positions
+    weight: Tensor  # (V, D')
+    bias: Tensor | None = None  # (V,)
+    form: LogitForm = LogitForm()  # noqa: RUF009 (frozen)
+    low_rank: tuple[Tensor, Tensor] | None = None
+
+    def of(self, rows: Any) -> SecondHead:
+        """The same for some of the positions."""
+        thin = None if self.low_rank is None else (self.low_rank[0][rows], self.low_rank[1])
+        return replace(self, hidden=self.hidden[rows], low_rank=thin)
+
+
 @as_one_op
 @torch.no_grad()
 def sample_tokens(
@@ -45,27 +66,46 @@ def sample_tokens(
     form: LogitForm = LogitForm(),  # noqa: B008 (frozen)
     low_rank: tuple[Tensor, Tensor] | None = None,
     seen: Tensor | None = None,
+    second: SecondHead | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Tokens (N,) int64 drawn for hidden (N, D) under the head (V, D), and their log-probability (N,) fp32, nats.
 
     `uniform` is (N,) fp64 in [0, 1). `seen` (N, V) bool is needed with a repetition penalty. The log-probability is
     that of the distribution drawn from; of the most likely token (temperature 0) that at temperature 1, untruncated.
+    `second`: draw from the mixture with another model (ValueError for another vocabulary).
     """
-    operands, targets = operands_of(hidden, weight, bias, low_rank), uniform.new_zeros(len(hidden))
-    head = Head(operands, targets, form, _chunk(hidden, weight.shape[0]), plain=True)
+    head, other = _head(hidden, weight, bias, form, low_rank, _chunk(hidden, weight.shape[0])), None
+    if second is not None:
+        if second.weight.shape[0] != weight.shape[0]:
+            raise ValueError(
+                f"the second head has {second.weight.shape[0]} tokens, the first one {weight.shape[0]}: give two with "
+                "the same vocabulary"
+            )
+        longest = max((span.stop - span.start for span in head.spans), default=1)
+        other = _head(second.hidden, second.weight, second.bias, second.form, second.low_rank, longest)
     ids = torch.empty(len(hidden), dtype=torch.int64, device=hidden.device)
     logp = torch.empty(len(hidden), dtype=head.stats_dtype, device=hidden.device)
     for span in head.spans:
-        logits = head.logits(span)
+        logits: Any = head.logits(span)
+        others: Any = None if other is None else other.logits(span)
         for block in _blocks(logits):
             rows = slice(span.start + block.start, span.start + block.stop)
             z, _ = _form_logits(logits[block], slice_form(head.form, rows))
+            if second is not None and other is not None:
+                z = torch.lerp(
+                    z, _form_logits(others[block], slice_form(other.form, rows))[0].to(z.dtype), second.share
+                )
             if distribution.repetition_penalty != 1.0:
                 assert seen is not None
                 penalty = distribution.repetition_penalty
                 z = torch.where(seen[rows], torch.where(z < 0, z * penalty, z / penalty), z)
             ids[rows], logp[rows] = _draw(z, uniform[rows], distribution)
     return ids, logp.float()
+
+
+def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None, form: LogitForm, low_rank: Any, chunk: Any) -> Head:
+    operands, targets = operands_of(hidden, weight, bias, low_rank), hidden.new_zeros(len(hidden))
+    return Head(operands, targets, form, chunk, plain=True)
 
 
 def _chunk(hidden: Tensor, vocabulary: int) -> int | None:
