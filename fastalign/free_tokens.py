@@ -1,15 +1,19 @@
-"""Tokens of a flat batch that need no gradient: each layer runs them without one, behind the tokens that need it.
+"""Tokens of a flat batch of which a layer may compute less, in the same forward of the model, with the same results.
 
-They are the last tokens of the row. Where one of their segments continues a prefix, a layer has its queries, keys and
-values from the tokens before, and runs the free ones without gradient on a row of prefixes and segments. So they cost
-one forward of themselves and no backward, in the same forward of the model, with the same results.
+Free tokens need no gradient. They are the last tokens of the row. Where one of their segments continues a prefix, a
+layer has its queries, keys and values from the tokens before, and runs the free ones without gradient on a row of
+prefixes and segments. So they cost one forward of themselves and no backward.
+
+Unread tokens have hidden states that nobody reads behind the last layer (most of a prompt, or all of a sequence but
+its last token). That layer attends for all tokens and computes everything behind its attention for those that are
+read; the others come out as zeros.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,7 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import output_capturing
 
 from .data.batch import TokenBatch
-from .flat_attention import FlatMask
+from .flat_attention import FlatMask, free_tokens
 
 EXTRAS = ("free_before", "free_bounds", "free_row", "free_at")
 
@@ -96,6 +100,55 @@ class FreeTokens:
         longest = batch.max_seqlen
         return cls(at.numel(), Segments(before, longest), Segments(bounds, longest), tokens, at)
 
+    def run(self, layer: Layer, forward: Callable, mask: FlatMask, hidden: Tensor, args: tuple, kwargs: dict) -> Any:
+        """What `layer` gives for `hidden` (1, T, D): of the tokens before, then without gradient of the free ones."""
+        total = hidden.shape[1]
+        kept: list = []
+        basis = (mask.causal, mask.window)
+        masks = _Recorded(self.before, *basis, None, kept), _Continuing(self.row, *basis, self, kept)
+        parts = []
+        spans = slice(0, total - self.count), slice(total - self.count, total)
+        for span, part_mask in zip(spans, masks, strict=True):
+            part = functools.partial(_part, take=lambda x, span=span: x[:, span], total=total, mask=part_mask)
+            given = [part(x) for x in (hidden, *args)], {name: part(x) for name, x in kwargs.items()}
+            if not parts:
+                parts.append(forward(*given[0], **given[1]))
+            else:
+                with torch.no_grad(), _nothing_captured():
+                    parts.append(forward(*given[0], **given[1]))
+        if isinstance(parts[0], Tensor):
+            return torch.cat(parts, 1)
+        return (torch.cat([part[0] for part in parts], 1), *parts[0][1:])
+
+
+@dataclass(frozen=True, eq=False)
+class ReadTokens:
+    """The tokens of a batch whose hidden states are read, for its last layer."""
+
+    at: Tensor  # (M,) int64, increasing
+
+    def run(self, layer: Layer, forward: Callable, mask: FlatMask, hidden: Tensor, args: tuple, kwargs: dict) -> Any:
+        """What `layer` gives for `hidden` (1, T, D); of the last layer zeros for the tokens that are not read."""
+        if not layer.is_last or torch.compiler.is_compiling():
+            return forward(hidden, *args, **kwargs)
+        kept: list[Tensor] = []
+        basis = (mask.segments, mask.causal, mask.window, None, kept)
+        part = functools.partial(_part, take=lambda x: x, total=hidden.shape[1], mask=_UntilAttention(*basis))
+        try:
+            return forward(*map(part, (hidden, *args)), **{name: part(x) for name, x in kwargs.items()})
+        except _AttendedError:
+            pass
+        part = functools.partial(part, take=lambda x: x.index_select(1, self.at), mask=_Attended(*basis, self.at))
+        found = forward(*map(part, (hidden, *args)), **{name: part(x) for name, x in kwargs.items()})
+        rows, *rest = (found,) if isinstance(found, Tensor) else found
+        rows = torch.zeros_like(hidden, dtype=rows.dtype).index_copy(1, self.at, rows)
+        return rows if isinstance(found, Tensor) else (rows, *rest)
+
+
+def reading(batch: TokenBatch) -> AbstractContextManager[None]:
+    """Inside, the last layer of a taught model computes what `batch.extras["read"]` names, if it is there."""
+    return free_tokens(ReadTokens(batch.extras["read"]) if "read" in batch.extras else None)
+
 
 @dataclass(frozen=True, eq=False)
 class _Recorded(FlatMask):
@@ -120,54 +173,66 @@ class _Continuing(FlatMask):
         return attention(*row, segments=self.free.row)[self.free.at]
 
 
+class _AttendedError(Exception):
+    """Leaves a layer behind its attention."""
+
+
+@dataclass(frozen=True, eq=False)
+class _UntilAttention(FlatMask):
+    """The mask of all tokens: their attention is kept, and the layer is left."""
+
+    kept: list[Tensor] = field(default_factory=list)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, attention: Callable[..., Tensor]) -> Tensor:
+        self.kept[:] = [attention(q, k, v, segments=self.segments)]
+        raise _AttendedError
+
+
+@dataclass(frozen=True, eq=False)
+class _Attended(FlatMask):
+    """The mask of tokens `at`, for which an `_UntilAttention` has attended."""
+
+    kept: list[Tensor] = field(default_factory=list)
+    at: Tensor | None = None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, attention: Callable[..., Tensor]) -> Tensor:
+        assert self.at is not None
+        return self.kept.pop().index_select(0, self.at)
+
+
 def teach_layers(model: nn.Module) -> bool:
-    """Make the layers of `model` run free tokens by themselves; whether it has layers that can. Idempotent."""
+    """Make the layers of `model` know free and unread tokens; whether it has layers that can. Idempotent."""
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     for layer in layers:
-        if not isinstance(layer.__dict__.get("forward"), _Layer):
-            layer.forward = _Layer(layer, layer.__dict__.get("forward"))
+        if not isinstance(layer.__dict__.get("forward"), Layer):
+            layer.forward = Layer(layer, layer.__dict__.get("forward"), layer is layers[-1])
     return bool(layers)
 
 
 @dataclass
-class _Layer:
-    """The forward of a layer, in two parts where its mask says that there are free tokens."""
+class Layer:
+    """The forward of a layer, in two parts where its mask says that there are free or unread tokens."""
 
     layer: nn.Module
     own: Callable | None  # a forward of the instance, set by somebody else
+    is_last: bool
 
     def __call__(self, hidden: Tensor, *args, **kwargs) -> Any:
         forward = self.own or functools.partial(type(self.layer).forward, self.layer)
         mask = next((x for x in (*args, *kwargs.values()) if isinstance(x, FlatMask)), None)
         if mask is None or mask.free is None:
             return forward(hidden, *args, **kwargs)
-        free, total = mask.free, hidden.shape[1]
-        kept: list = []
-        basis = (mask.causal, mask.window)
-        masks = _Recorded(free.before, *basis, None, kept), _Continuing(free.row, *basis, free, kept)
-        parts = []
-        spans = slice(0, total - free.count), slice(total - free.count, total)
-        for span, part_mask in zip(spans, masks, strict=True):
-            part = functools.partial(_part, span=span, total=total, mask=part_mask)
-            given = [part(x) for x in (hidden, *args)], {name: part(x) for name, x in kwargs.items()}
-            if not parts:
-                parts.append(forward(*given[0], **given[1]))
-            else:
-                with torch.no_grad(), _nothing_captured():
-                    parts.append(forward(*given[0], **given[1]))
-        if isinstance(parts[0], Tensor):
-            return torch.cat(parts, 1)
-        return (torch.cat([part[0] for part in parts], 1), *parts[0][1:])
+        return mask.free.run(self, forward, mask, hidden, args, kwargs)
 
 
-def _part(value: Any, *, span: slice, total: int, mask: FlatMask) -> Any:
-    """What of a layer's argument belongs to the tokens in `span` of `total`."""
+def _part(value: Any, *, take: Callable[[Tensor], Tensor], total: int, mask: FlatMask) -> Any:
+    """What of a layer's argument belongs to the tokens that `take` takes of `total`."""
     if isinstance(value, FlatMask):
         return mask
     if isinstance(value, (tuple, list)):
-        return type(value)(_part(x, span=span, total=total, mask=mask) for x in value)
+        return type(value)(_part(x, take=take, total=total, mask=mask) for x in value)
     if isinstance(value, Tensor) and value.dim() > 1 and value.shape[:2] == (1, total):
-        return value[:, span]
+        return take(value)
     return value
 
 

@@ -3,6 +3,7 @@ share a prompt?"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 
 from .data.batch import TokenBatch
 from .data.collate import collate_flat
+from .free_tokens import Layer, teach_layers
+
+logger = logging.getLogger(__name__)
 
 LENGTHS = (7, 5)  # tokens of the two segments
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 3e-4, torch.float16: 0.03, torch.bfloat16: 0.2}  # nats, logits to 10
@@ -86,6 +90,36 @@ def packed_errors(base: Any, score: Score, alone: Alone) -> tuple[str | None, st
         return packed, packed
     shared = _shared_batch(first, second[1:].flip(0), second)
     return None, error_of(shared, joined, "an answer behind a shared prompt differs from both written out")
+
+
+def teach_reading(model: nn.Module, base: Any, score: Score) -> None:
+    """Let the last layer of `base` skip what nobody reads (`free_tokens.reading`) if `score` stays what it is.
+
+    Sharded and meta weights cannot be checked, so there it computes everything.
+    """
+    if is_whole(base) and teach_layers(base):
+        with quiet(model):
+            error = _reading_error(base, score)
+        if error is None:
+            return
+        logger.info("The last layer of %s computes every token: %s.", type(base).__name__, error)
+    for module in base.modules():
+        if isinstance(layer := module.__dict__.get("forward"), Layer):
+            layer.is_last = False
+
+
+def _reading_error(base: Any, score: Score) -> str | None:
+    batch = batch_of(random_segments(base))
+    last = (batch.row != batch.row.roll(-1)).nonzero()[:, 0]
+    names = ("source", "targets", "row", "weight")
+    batch = replace(batch, **{name: getattr(batch, name)[last] for name in names})
+    try:
+        expected = score(batch)
+        error = (score(replace(batch, extras={"read": batch.source})) - expected).abs().max().item()
+    except Exception as failure:  # whatever a layer does with what it does not know
+        return f"{type(failure).__name__}: {failure}"
+    limit = _limit(base, 10 * expected.abs().max().item(), ROUNDING)
+    return None if error <= limit else f"without the tokens that are not read, others differ by {error:.3g}"
 
 
 def _shared_batch(prompt: Tensor, other: Tensor, answer: Tensor) -> TokenBatch:

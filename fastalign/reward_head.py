@@ -18,8 +18,9 @@ from fastalign_kernels.head.token_stats import LogitForm
 from torch import Tensor, nn
 
 from .data.batch import TokenBatch
+from .free_tokens import reading
 from .policy import HeadLoss, PolicyInfo, choose_batches, flat_obstacle, logits_forward, unwrap
-from .policy_check import batch_of, is_whole, packed_errors, random_segments
+from .policy_check import batch_of, is_whole, packed_errors, random_segments, teach_reading
 from .scoring_head import ScoringRequest, attach_classifier, scoring
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,10 @@ def prepare_reward_model(model: nn.Module, *, allow_flat: bool = True, check: bo
     if not attach_classifier(base):
         obstacle = obstacle or "it has no head named `score` or `classifier`"
     errors = (lambda: _flat_errors(model)) if check and is_whole(base) else None
-    return choose_batches(model, LogitForm(), obstacle, errors)
+    info = choose_batches(model, LogitForm(), obstacle, errors)
+    if info.flat:
+        teach_reading(model, base, lambda batch: _hidden(base, batch))
+    return info
 
 
 def score_loss(
@@ -117,7 +121,7 @@ def _head_forward(model: nn.Module, batch: TokenBatch, op, model_kwargs: dict) -
         op=op,
         heads=attach_classifier(base),
     )
-    with scoring(request):
+    with scoring(request), reading(batch):
         output = logits_forward(model, batch, **model_kwargs)
     if request.num_calls != 1:
         raise ValueError(
@@ -142,12 +146,17 @@ def _wide(found: Tensor) -> Tensor:
     return found.to(torch.promote_types(found.dtype, torch.float32))
 
 
+def _hidden(model: nn.Module, batch: TokenBatch) -> Tensor:
+    """(N, D) hidden states at `batch.source`, which also show what a head near 0 would hide."""
+    return _head_forward(model, batch, lambda rows, head: (rows.sum(), rows), {})[1]
+
+
 def _flat_errors(model: nn.Module) -> tuple[str | None, str | None]:
     """Why the head's answers on flat batches, and on those that share prompts, are not the model's own, or None."""
     base = unwrap(model)
 
-    def hidden(batch: TokenBatch) -> Tensor:  # which also shows what a head near 0 would hide
-        return _head_forward(model, batch, lambda rows, head: (rows.sum(), rows), {})[1]
+    def hidden(batch: TokenBatch) -> Tensor:
+        return _hidden(model, batch)
 
     def alone(segment: Tensor) -> tuple[Tensor, float]:
         rows = hidden(batch_of([segment]))

@@ -11,7 +11,9 @@ from tiny import FAMILIES, SIZES
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from fastalign.data.batch import name_read
 from fastalign.data.collate import collate_flat, collate_padded
+from fastalign.data.pair_batches import AnswerCollator
 from fastalign.policy import unwrap
 from fastalign.reward_head import prepare_reward_model, score_loss, scores
 
@@ -100,6 +102,53 @@ def test_flat_and_padded_scores_equal_each_sequence_alone(task, family):
     assert_same(run(padded, read_at(collate_padded(ids, pad_token_id=0), inner, ids)), expected)
 
 
+def last_layer(model):
+    inner = model.base_model
+    return (inner.h if hasattr(inner, "h") else inner.layers)[-1]
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("family", DECODERS)
+def test_the_last_layer_computes_what_is_read(family, share):
+    """Behind its attention, the tokens of which a score is asked; scores and gradients are those of all."""
+    prompts, answers = rows((6, 9, 7)), rows((5, 1, 8, 3, 4, 2), seed=1)
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    data = [dict(zip(names, row, strict=True)) for row in zip(prompts, answers[::2], answers[1::2], strict=True)]
+    options = {"pad_token_id": 0, "share": share, "read": "last", "pad_to_multiple_of": 16}
+    batch = AnswerCollator(("chosen", "rejected"), **options)(data)
+    model, counts = classifier(family), []
+    assert prepare_reward_model(model).shares_prefix
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    layer = last_layer(model)
+    behind = layer.ln_2 if family == "gpt2" else layer.post_attention_layernorm
+    behind.register_forward_hook(lambda module, given, out: counts.append(out.numel() // out.shape[-1]))
+    expected = run(model, batch)
+    found = run(model, name_read(batch))
+    assert_same(found, expected)
+    assert counts == [len(batch.input_ids)] * 2 + [6] * 2  # with what checkpointing runs again
+
+
+def test_a_layer_that_needs_every_token_behind_its_attention_computes_all(caplog):
+    """The check finds it, says so, and the scores are right."""
+    model, ids, kept = classifier("llama"), rows(), []
+
+    def add_first(module, given, out):
+        first = kept[0]
+        kept.clear()
+        return out + first
+
+    last_layer(model).input_layernorm.register_forward_hook(lambda module, given, out: kept.append(out))
+    last_layer(model).mlp.register_forward_hook(add_first)
+    last = [[len(row) - 1] for row in ids]
+    expected = one_at_a_time(copy.deepcopy(model), ids, last)
+    with caplog.at_level("INFO"):
+        assert prepare_reward_model(model).flat
+    assert "computes every token" in caplog.text
+    kept.clear()
+    assert_same(run(model, name_read(read_at(collate_flat(ids), last, ids))), expected)
+
+
 @pytest.mark.parametrize("family, reason", [("bert", "pool"), ("bloom", "outside")])
 def test_a_model_that_cannot_be_packed_is_padded(family, reason):
     own = {"vocab_size": 331, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_labels": 1}
@@ -149,7 +198,7 @@ def test_adapters_and_a_saved_head(variant):
     expected = one_at_a_time(copy.deepcopy(model), ids, last)
     assert any("score" in name for name in expected[1])
     assert prepare_reward_model(model).flat
-    assert_same(run(model, read_at(collate_flat(ids), last, ids)), expected)
+    assert_same(run(model, name_read(read_at(collate_flat(ids), last, ids))), expected)
     with model.disable_adapter():
         off = scores(model, read_at(collate_flat(ids), last, ids))
     plain = torch.cat([classifier("llama")(input_ids=torch.tensor([row])).logits for row in ids])
@@ -180,7 +229,7 @@ def test_the_wrapped_model_is_called(task, wrapper, tmp_path):
                 fully_shard(layer)
             fully_shard(model)
         assert unwrap(wrapped) is model
-        result, grads = run(wrapped, read_at(collate_flat(ids), last, ids))
+        result, grads = run(wrapped, name_read(read_at(collate_flat(ids), last, ids)))
         whole = {n: g.full_tensor() if hasattr(g, "full_tensor") else g for n, g in grads.items()}
     finally:
         torch.distributed.destroy_process_group()

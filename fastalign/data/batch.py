@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 from torch import Tensor
 
+READ_SHARE = 0.5  # of a batch's tokens at most are named to the last layer as the only ones that are read
+
 
 @dataclass
 class TokenBatch:
@@ -78,3 +80,12 @@ class TokenBatch:
     def pin_memory(self) -> TokenBatch:
         """The same batch in page-locked memory (called by `DataLoader(pin_memory=True)`)."""
         return self._map(lambda t: t.pin_memory())
+
+
+def name_read(batch: TokenBatch) -> TokenBatch:
+    """`batch` with `extras["read"]`, the places (M,) of the tokens whose hidden states are read, where that saves."""
+    if batch.is_padded:
+        return batch
+    read = batch.source.unique()
+    few = read.numel() <= READ_SHARE * batch.input_ids.numel()
+    return replace(batch, extras=batch.extras | {"read": read}) if few else batch

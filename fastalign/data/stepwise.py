@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from fastalign_kernels.losses.reward import step_labels
 
-from .batch import TokenBatch
+from .batch import TokenBatch, name_read
 from .collate import collate_flat, collate_padded
 from .columns import read_rows
 from .encode import Encoder
@@ -166,10 +166,11 @@ class StepCollator:
             )
         row = np.searchsorted(found.bounds, scored, side="right") - 1
         source = scored if self.flat else row * batch.input_ids.shape[1] + scored - found.bounds[row]
-        return replace(
+        batch = replace(
             batch,
             source=torch.from_numpy(source),
             targets=torch.from_numpy(classes),
             row=torch.from_numpy(row),
             weight=torch.ones(len(scored)),
         )
+        return name_read(batch)

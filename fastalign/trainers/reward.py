@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification
 from ..adapters import for_task
 from ..config import AlignConfig, arg
 from ..config_groups import LoadArgs, RowArgs
-from ..data.batch import TokenBatch
+from ..data.batch import TokenBatch, name_read
 from ..data.pair_batches import AnswerCollator
 from ..data.preferences import prepare_reward_dataset
 from ..given_data import GivenDataTrainer
@@ -221,7 +221,7 @@ class RewardCollator(AnswerCollator):
     """AnswerCollator that reads every sequence where the model's ordinary forward does."""
 
     def __call__(self, rows) -> TokenBatch:
-        return read_before_padding(super().__call__(rows), self.pad_token_id)
+        return name_read(read_before_padding(super().__call__(rows), self.pad_token_id))
 
 
 class _PairsOfRows:
