@@ -228,6 +228,29 @@ def test_masking_every_completion_leaves_the_weights_alone(tmp_path):
     assert torch.equal(after, before)
 
 
+# Replay
+
+
+def test_groups_that_teach_nothing_are_replaced_by_ones_that_did(tmp_path):
+    """Rewards are equal from the second step on: then the first group is learned from again, off policy."""
+    calls = []
+
+    def once(completion_ids, **kwargs):
+        calls.append(1)
+        return [float(ids[0] % 7) if len(calls) == 1 else 0.0 for ids in completion_ids]
+
+    config = {"rewards": once, "max_steps": 3, "num_generations": 8, "save_strategy": "steps", "save_steps": 2}
+    config |= {"learning_rate": 1e-3}
+    trainer = grpo_trainer(tmp_path, **SAMPLED | config, replay_buffer_size=2)
+    lines = history(trainer)
+    assert [line["replay/groups"] for line in lines[:3]] == [0, 1, 1]
+    assert all(line["grad_norm"] > 0 for line in lines[:3])
+    again = grpo_trainer(tmp_path, **SAMPLED | config, replay_buffer_size=2)
+    again.train(resume_from_checkpoint=True)
+    assert logged(again, ("loss", "grad_norm"))[2] == logged(trainer, ("loss", "grad_norm"))[2]
+    assert history(grpo_trainer(tmp_path / "without", **SAMPLED | config))[1]["grad_norm"] == 0
+
+
 # What is shown
 
 
@@ -297,6 +320,24 @@ def test_the_command_trains_and_names_unknown_rewards(tmp_path, monkeypatch, cap
     )
     assert main([*command, "--reward_funcs", "acuracy_reward"]) == 1
     assert "did you mean accuracy_reward" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("loss", ["gmpo", "dppo"])
+def test_losses_beyond_trl_keep_the_policy_near_the_old_one(loss, tmp_path):
+    """Their formulas are tested with the kernels; here a clip that allows nothing stops all but the first update."""
+    config = SAMPLED | OFF | {"loss_type": loss, "epsilon": 1e-9, "learning_rate": 1e-2, "beta": 0.0}
+    lines = history(grpo_trainer(tmp_path, **config), ("grad_norm", "clip_ratio/region_mean"))
+    assert lines[0]["grad_norm"] > 0.05
+    assert any(line["clip_ratio/region_mean"] > 0.1 for line in lines[1:])
+
+
+def test_a_part_of_the_vocabulary_is_corrected_for(tmp_path, caplog):
+    """Sampled log-probabilities are then not the old ones: those are computed, and nothing is clipped at first."""
+    lines = history(grpo_trainer(tmp_path, **(SAMPLED | OFF), top_k=20, off_policy_mask_threshold=1e-4))
+    assert "not used" in caplog.text
+    assert lines[0]["clip_ratio/region_mean"] == 0
+    with pytest.raises(ValueError, match="replay_buffer_size"):
+        grpo_trainer(tmp_path, replay_buffer_size=4, top_p=0.9)
 
 
 # Errors

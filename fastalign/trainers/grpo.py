@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from fastalign_kernels.head.policy import PolicyStats, linear_policy_loss
 from fastalign_kernels.losses.advantages import group_advantages
 from fastalign_kernels.losses.corrections import entropy_threshold, importance_weights
@@ -22,10 +22,13 @@ from ..policy import head_loss
 from ..reference import MovingReferenceArgs
 from ..rollout.buffer import Experience
 from ..rollout.config import BatchArgs, CompletionLogArgs, CorrectionArgs, EngineArgs, RewardArgs, SamplingArgs
+from ..rollout.entropy_control import EntropyControl
 from ..rollout.generation import GenerationBatch
 from ..rollout.group_batches import GroupBatch
 from ..rollout.loader import Step
+from ..rollout.replay import ReplayBuffer
 from ..rollout.statistics import Mismatch
+from ..rollout.update import loss_weights
 from ..sampled_data import SampledDataTrainer
 
 logger = logging.getLogger(__name__)
@@ -96,6 +99,9 @@ class GRPOConfig(
     entropy_coef_max: float = arg(1.0, "Its upper bound.")
     entropy_coef_delta: float = arg(0.005, "Its change.")
     entropy_target: float = arg(0.2, "Entropy, nats per token, at or below which the bonus applies.")
+    replay_buffer_size: int = arg(
+        0, "Groups of earlier batches that are kept, to take the place of those whose rewards are all equal."
+    )
     max_tool_calling_iterations: int | None = arg(None, "Rounds of tool calls of a completion; unset: no limit.")
     tool_timeout: float | None = arg(300.0, "Seconds for a tool call or an environment's reset; unset: no limit.")
 
@@ -194,20 +200,30 @@ class GRPOTrainer(SampledDataTrainer):
             rollout_func,
             environment_factory,
         )
-        self.entropy_coef = self.args.entropy_coef
+        self.entropy = EntropyControl(self.args)
+        self.replay = ReplayBuffer(self.args.replay_buffer_size)
         self._ahead: Mismatch | None = None  # of samples that the present step does not see
-        self._last_entropy = math.inf  # nats per token of the last step, over all ranks
 
     def check(self) -> None:
         """Refuse importance weights of tokens that were drawn from a part of the vocabulary."""
-        sampling = self.sampling
-        if self.args.corrects and (sampling.truncates or sampling.repetition_penalty != 1.0):
+        args, sampling = self.args, self.sampling
+        if self.samples_whole:
+            return
+        found = (
+            f"`top_p`={sampling.top_p}, `top_k`={sampling.top_k}, `min_p`={sampling.min_p}, `repetition_penalty`="
+            f"{sampling.repetition_penalty}: log-probabilities as sampled are those of a part of the vocabulary"
+        )
+        if args.corrects or args.replay_buffer_size:
             raise ValueError(
-                f"`top_p`={sampling.top_p}, `top_k`={sampling.top_k}, `min_p`={sampling.min_p}, `repetition_penalty`="
-                f"{sampling.repetition_penalty}: vLLM's log-probabilities are then those of a part of the vocabulary, "
-                "and would bias the importance sampling correction. Sample from all of it (1.0, 0, None, 1.0), or set "
-                "`vllm_importance_sampling_correction=False`."
+                f"{found}, and would bias the importance sampling ratio. Sample from all of it (1.0, 0, None, 1.0), "
+                "or set `vllm_importance_sampling_correction=False` and `replay_buffer_size=0`."
             )
+        logger.warning("%s. They are not used: ratios are of the training model's own, over all of it.", found)
+
+    @property
+    def samples_whole(self) -> bool:
+        """Whether log-probabilities as sampled are over the whole vocabulary."""
+        return not self.sampling.truncates and self.sampling.repetition_penalty == 1.0
 
     # From rewards to advantages
 
@@ -242,39 +258,37 @@ class GRPOTrainer(SampledDataTrainer):
         )
         batch.set_advantages(found.advantages)
         self.metrics.mean("frac_reward_zero_std", float(found.std_is_zero.float().mean()))
+        if batch.training and args.replay_buffer_size:
+            self._replay(batch, found.rewards)
+
+    def _replay(self, batch: GenerationBatch, rewards: Tensor) -> None:
+        """Groups of the past in place of those without deviation; rewards (N,) of all ranks."""
+        own = rewards.nan_to_num(nan=0.0).view(-1, batch.num_generations).std(1)
+        own = own.repeat_interleave(batch.num_generations)[batch.own]
+        number = self.replay.renew(batch, own, seed=self.args.seed + 7919 * self.state.global_step + self.rank)
+        self.metrics.mean("replay/groups", number)
+        counts = [sum(one.num_learned for one in batch.experiences)]
+        batch.num_items = max(sum(gather_object(counts) if self.world > 1 else counts), 1) / self.world
 
     def skips(self, experience: Experience) -> bool:
         """An advantage of 0 is no gradient, unless the divergence, the entropy or a router has one."""
         args = self.args
-        reads_all = args.beta != 0.0 or self.has_bonus or args.top_entropy_quantile < 1.0 or self.router_coefficient
+        reads_all = (
+            args.beta != 0.0 or self.entropy.has_bonus or args.top_entropy_quantile < 1.0 or self.router_coefficient
+        )
         return experience.advantage == 0.0 and not reads_all
 
     def weights(self, step: Step) -> list[list[float]]:
         """By `loss_type`, over nominal micro-batches, as TRL divides."""
-        return [self._part_weights(step, number, part) for number, part in enumerate(step.parts)]
-
-    def _part_weights(self, step: Step, number: int, part: list[Experience]) -> list[float]:
-        kind, micros = WEIGHTINGS[self.args.loss_type], step.num_micro
-        lengths = [max(one.num_learned, 1) for one in part]
-        if kind == "row_mean":
-            return [1 / (length * len(part) * micros) for length in lengths]
-        if kind == "batch_tokens":
-            share = micros / self.args.steps_per_generation if step.training else 1.0  # pyright: ignore
-            weight = 1 / (step.num_items[number] * share)
-        elif kind == "token_mean":
-            weight = 1 / (max(sum(one.num_learned for one in part), 1) * micros)
-        elif kind == "max_length":
-            weight = 1 / (len(part) * self.args.max_completion_length * micros)  # pyright: ignore
-        else:  # row_sum
-            weight = 1 / (len(part) * micros)
-        return [weight] * len(part)
+        args = self.args
+        return loss_weights(
+            step,
+            WEIGHTINGS[args.loss_type],
+            steps_per_generation=args.steps_per_generation or 1,
+            max_completion_length=args.max_completion_length,
+        )
 
     # Loss
-
-    @property
-    def has_bonus(self) -> bool:
-        """Whether the loss may reward entropy."""
-        return self.args.entropy_coef != 0.0 or self.args.use_adaptive_entropy
 
     def compute_loss(self, model, inputs: GroupBatch, return_outputs: bool = False, num_items_in_batch=None):
         """This batch's part of the step's loss."""
@@ -283,7 +297,7 @@ class GRPOTrainer(SampledDataTrainer):
         args, known = self.args, inputs.extras
         objective: dict[str, Any] = {name: getattr(args, name) for name in OBJECTIVE}
         objective |= {f"correction_{name}": value for name, value in args.correction.items()}
-        objective["entropy_coef"] = self._bonus(inputs.step)
+        objective["entropy_coef"] = self.entropy.bonus(inputs.step)
 
         def op(hidden: Tensor, weight: Tensor, **head) -> tuple[Tensor, PolicyStats]:
             return linear_policy_loss(
@@ -296,8 +310,8 @@ class GRPOTrainer(SampledDataTrainer):
                 num_rows=inputs.num_rows,
                 old_logp=known.get("old_logp"),
                 ref_logp=known.get("ref_logp") if args.beta else None,
-                sampling_logp=known.get("sampling_logp"),
-                entropy_weights=self._entropy_weights(inputs),
+                sampling_logp=known.get("sampling_logp") if self.samples_whole else None,
+                entropy_weights=self.entropy.weights(inputs),
                 threshold_of=self._entropy_threshold,
                 **head,
                 **objective,
@@ -308,21 +322,6 @@ class GRPOTrainer(SampledDataTrainer):
         self._record(inputs, found.result)
         return self.with_router_loss(found.loss, found.aux_loss)
 
-    def _bonus(self, step: Step) -> float:
-        """Weight of the entropy; under the entropy mask a micro-batch's share of it."""
-        if not self.has_bonus or (self.args.use_adaptive_entropy and self._last_entropy > self.args.entropy_target):
-            return 0.0
-        return self.entropy_coef / (step.num_micro if self.args.top_entropy_quantile < 1.0 else 1)
-
-    def _entropy_weights(self, batch: GroupBatch) -> Tensor | None:
-        """(N,): the bonus is the mean over a nominal micro-batch's tokens, averaged over micro-batches."""
-        if not self.has_bonus or self.args.top_entropy_quantile < 1.0:
-            return None
-        tokens = [max(sum(one.num_learned for one in part), 1) for part in batch.step.parts]
-        shares = torch.tensor([1 / (tokens[micro] * batch.step.num_micro) for micro in batch.micro])
-        counts = torch.tensor([one.num_learned for one in batch.experiences])
-        return shares.repeat_interleave(counts).to(batch.weight.device)
-
     def _entropy_threshold(self, entropy: Tensor) -> Tensor:
         """The bound of the entropy mask, over the tokens of all ranks."""
         if self.world > 1:
@@ -330,6 +329,9 @@ class GRPOTrainer(SampledDataTrainer):
             entropy = self.accelerator.gather(padded)  # pyright: ignore
             entropy = entropy[entropy >= 0]
         return entropy_threshold(entropy, self.args.top_entropy_quantile)
+
+    def _over_ranks(self, sums: Tensor) -> Tensor:
+        return self._sum_over_ranks(sums) if self.world > 1 else sums
 
     # Metrics
 
@@ -351,17 +353,16 @@ class GRPOTrainer(SampledDataTrainer):
             log.mean("cispo_clip_ratio", terms.clip_high, of_rows=of_rows)
         elif terms.phi is not None:
             log.mean("vespo/phi_seq_mean", terms.phi, of_rows=True)
-        if self.has_bonus:
+        if self.entropy.has_bonus:
             scale = 1 if WEIGHTINGS[args.loss_type] == "batch_tokens" else batch.step.num_micro
             log.sum("policy_loss", terms.loss * batch.weight * scale)
         if terms.importance is not None:
             self._record_mismatch(batch, found, terms.importance, log.batch_rows)
-        if args.use_adaptive_entropy and batch.step.training:
-            self._adapt(batch, found)
+        self.entropy.adapt(batch, found.entropy, found.entropy_mask, self._over_ranks)
         if batch.is_last:
             log.record(self.metrics)
-            if self.has_bonus and batch.step.training:
-                self.metrics.mean("entropy_coef", self.entropy_coef)
+            if self.entropy.has_bonus and batch.step.training:
+                self.metrics.mean("entropy_coef", self.entropy.coefficient)
 
     def _record_mismatch(self, batch: GroupBatch, found: PolicyStats, weights: Tensor, rows: Rows) -> None:
         """Of the completions that this update is the first to see."""
@@ -373,23 +374,13 @@ class GRPOTrainer(SampledDataTrainer):
         if batch.is_last and any(made == batch.step.number for made in batch.step.made):
             state["mismatch"].record(self.metrics)
 
-    def _adapt(self, batch: GroupBatch, found: PolicyStats) -> None:
-        """Skywork-OR1, arXiv:2505.22312: after a step, move the bonus's weight. One host sync per step."""
-        mask = torch.ones_like(found.entropy) if found.entropy_mask is None else found.entropy_mask
-        state, sums = batch.step.state, torch.stack([(found.entropy * mask).sum(), mask.sum()])
-        state["entropy"] = sums if "entropy" not in state else state["entropy"] + sums
-        if not batch.is_last:
-            return
-        total, count = (self._sum_over_ranks(state["entropy"]) if self.world > 1 else state["entropy"]).tolist()
-        args, self._last_entropy = self.args, total / max(count, 1.0)
-        change = args.entropy_coef_delta if self._last_entropy <= args.entropy_target else -args.entropy_coef_delta
-        self.entropy_coef = min(max(self.entropy_coef + change, args.entropy_coef_min), args.entropy_coef_max)
-
     def state_dict(self) -> dict:
         """The base's, and the adaptive weight of the entropy."""
-        return super().state_dict() | {"entropy": (self.entropy_coef, self._last_entropy)}
+        own = {"entropy": (self.entropy.coefficient, self.entropy.last), "replay": self.replay.state_dict()}
+        return super().state_dict() | own
 
     def load_state_dict(self, state: dict) -> None:
         """Continue with a checkpoint's."""
         super().load_state_dict(state)
-        self.entropy_coef, self._last_entropy = state["entropy"]
+        self.entropy.coefficient, self.entropy.last = state["entropy"]
+        self.replay.load_state_dict(state["replay"])
