@@ -46,6 +46,7 @@ class Client:
         self.port = parts.port or (443 if parts.scheme == "https" else 80)
         self.timeout = timeout
         self.counts: Counter[str] = Counter()
+        self.num_broken = 0  # connections that ended unexpectedly
         self._kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self._own = threading.local()
         self._open: set[http.client.HTTPConnection] = set()
@@ -90,6 +91,7 @@ class Client:
                     f"started with: {START}"
                 )
             self._count("retries")
+            self.num_broken += 1
             logger.warning("vLLM server, %s: %s; next attempt in %.1f s", self._where(path), problem, pause)
             self._hung_up.wait(pause)
             self._check_wanted(epoch)
@@ -110,8 +112,10 @@ class Client:
         kept = getattr(self._own, "connection", None)
         if kept is not None and kept.sock is not None:
             with contextlib.suppress(ConnectionError, http.client.RemoteDisconnected):
-                return self._ask(kept, method, target, data)  # unless the server has closed it for being idle
+                return self._ask(kept, method, target, data)
             self._check_wanted(epoch)
+            with self._lock:
+                self.num_broken += 1  # it was idle for long, or the server is another one now
         connection = self._own.connection = self._kind(self.host, self.port, timeout=CONNECT_TIMEOUT)
         connection.connect()
         connection.sock.settimeout(ANSWER_TIMEOUT)

@@ -61,7 +61,7 @@ class Push:
         self.client, self.source = client, source
         self._mark = uuid.uuid4().hex  # of this run, in the server's weight version
         self._known = ""  # version that the server has, where it keeps one
-        self._retries = 0
+        self._broken = 0  # connections, when the server last was known to have our weights
 
     @property
     def is_first(self) -> bool:
@@ -102,7 +102,7 @@ class Push:
         except ServerError:  # of an older vLLM, which keeps no version
             self._known = ""
         self.client.post("/resume")
-        self._retries = self.client.counts["retries"]
+        self._broken = self.client.num_broken
         return num_bytes
 
     def connect(self) -> None:
@@ -121,9 +121,9 @@ class Push:
 
     def lost(self) -> bool:
         """Whether the server was away since the last call and came back without our weights."""
-        if not self.is_first or self.client.counts["retries"] == self._retries:
+        if not self.is_first or self.client.num_broken == self._broken:
             return False
-        self._retries = self.client.counts["retries"]
+        self._broken = self.client.num_broken
         if not self._known:
             return True
         return self.client.get("/weight_info")["weight_version"] != self._known

@@ -131,6 +131,10 @@ class VLLMServerEngine:
         if not self._sent:
             return []
         done, _ = wait(self._sent, timeout=MOMENT, return_when=FIRST_COMPLETED)
+        for future in done:
+            if (error := future.exception()) is not None:
+                del self._sent[future]
+                raise error
         if done and self._push.lost():  # sampled from the weights it was started with
             logger.warning("The vLLM server has restarted: weights and %d requests go there again.", len(self._sent))
             self.client.counts["restarts"] += 1
