@@ -29,7 +29,10 @@ from .native_sampling import Plan, plan_of
 
 logger = logging.getLogger(__name__)
 
-HOST_DEFAULTS = {"page_size": 32, "max_batch_tokens": 2048, "max_requests_per_batch": 256}  # where there is no GPU
+KNOWN = {field.name for field in fields(ContinuousBatchingConfig)}
+PAGE = "page_size" if "page_size" in KNOWN else "block_size"  # TODO: drop with transformers < 5.17
+OLD_NAMES = "auto_switch_to_flash" not in KNOWN  # TODO: drop with transformers < 5.19
+HOST_DEFAULTS = {PAGE: 32, "max_batch_tokens": 2048, "max_requests_per_batch": 256}  # where there is no GPU
 
 
 class ContinuousEngine:
@@ -56,11 +59,10 @@ class ContinuousEngine:
         self.model, self.base = model, unwrap(model)
         self.version = 0
         self.exact = is_exact(self.base, autocast)
-        known = {field.name for field in fields(ContinuousBatchingConfig)}
-        if unknown := sorted(set(options or {}) - known):
+        if unknown := sorted(set(options or {}) - KNOWN):
             raise ValueError(
                 f"`transformers_continuous_batching_config` has {', '.join(unknown)}; ContinuousBatchingConfig knows "
-                f"{', '.join(sorted(known))}."
+                f"{', '.join(sorted(KNOWN))}."
             )
         if not is_whole(self.base) or getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
             raise ValueError(
@@ -151,9 +153,9 @@ class ContinuousEngine:
         self.abort()
 
     def _take(self, result: Any) -> list[Completion]:
-        request, plan = self._running.pop(result.request_id, (None, None))
-        if request is None or plan is None or not result.is_finished():
+        if result.request_id not in self._running or (result.error is None and not result.is_finished()):
             return []
+        request, plan = self._running.pop(result.request_id)
         if result.error is not None:
             raise RuntimeError(f"Continuous batching failed at request {request.key!r}: {result.error}")
         ids = list(result.generated_tokens)
@@ -192,12 +194,12 @@ class ContinuousEngine:
     def _settings(self) -> dict[str, Any]:
         """Options of the manager: the user's, else half of a GPU's memory, of a host's what is needed."""
         own: dict[str, Any] = {"return_logprobs": True, "seed": self._seeds.getrandbits(31)}
-        if "auto_switch_to_flash" in {field.name for field in fields(ContinuousBatchingConfig)}:
+        if not OLD_NAMES:
             own["auto_switch_to_flash"] = False  # training and sampling attend alike
         if self.base.device.type != "cpu":
             return own | {"max_memory_percent": 0.5} | self._options
-        own |= HOST_DEFAULTS | self._options
-        page = own["page_size"]
+        own |= {name: value for name, value in HOST_DEFAULTS.items() if name in KNOWN} | self._options
+        page = own[PAGE]
         needed = sum(-(-(len(r.prompt_ids) + plan.max_new_tokens) // page) + 1 for r, plan in self._waiting)
         most = psutil.virtual_memory().available // 4 // (page * bytes_per_token(self.base))
         own.setdefault("num_blocks", max(min(needed, most), 16))
@@ -236,7 +238,7 @@ class ContinuousEngine:
             _set_random_state(self._random, self.base.device)
         for config, name in names:
             plain = original_of(name or "sdpa")
-            config._attn_implementation_internal = "paged|eager" if plain == "eager" else plain
+            config._attn_implementation_internal = f"paged|{plain}" if OLD_NAMES or plain == "eager" else plain
         try:
             yield
         finally:
