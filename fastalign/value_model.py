@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any, cast
 
+from fastalign_kernels.losses.value import clipped_value_loss
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 
@@ -105,6 +106,22 @@ def state_values(critic: nn.Module, batch: TokenBatch, op=None) -> tuple[Tensor,
 
     found = score_loss(critic, batch, flat, per_token=True)
     return found.loss, found.result
+
+
+def critic_loss(
+    critic: nn.Module, batch: TokenBatch, weights: Tensor, cliprange_value: float
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """The clipped loss of the values at `batch.source`, summed with `weights` (N,); (loss, clipped) of each.
+
+    `batch.extras` has the values that sampled the batch, "value", and what they should have been, "return", (N,) each.
+    """
+
+    def op(values: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        old, returns = batch.extras["value"], batch.extras["return"]
+        losses, clipped = clipped_value_loss(values, old, returns, cliprange_value=cliprange_value)
+        return (losses * weights).sum(), (losses.detach(), clipped)
+
+    return state_values(critic, batch, op)
 
 
 def _from_policy(base: Any) -> nn.Module:

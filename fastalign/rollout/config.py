@@ -13,6 +13,9 @@ from ..config_groups import deprecated, one_of
 from .engine import Sampling
 
 logger = logging.getLogger(__name__)
+DICT_FIELDS = (  # that may be JSON
+    *("model_init_kwargs", "generation_kwargs", "chat_template_kwargs", "transformers_continuous_batching_config"),
+)
 
 
 @dataclass

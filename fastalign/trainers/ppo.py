@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any, cast
 
 import numpy as np
 import torch
 from fastalign_kernels.head.policy import PolicyStats, linear_policy_loss
-from fastalign_kernels.losses.value import clipped_value_loss
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -24,17 +24,26 @@ from ..policy import head_loss
 from ..policy_check import quiet
 from ..reference import MovingReferenceArgs
 from ..rollout.buffer import Experience
-from ..rollout.config import CompletionLogArgs, EngineArgs, GroupArgs, RewardArgs, SamplingArgs
+from ..rollout.completions_log import render, sample_rows
+from ..rollout.config import DICT_FIELDS, CompletionLogArgs, EngineArgs, GroupArgs, RewardArgs, SamplingArgs
+from ..rollout.episodes import Rollouts
 from ..rollout.generation import GenerationBatch
 from ..rollout.group_batches import GroupBatch
-from ..rollout.loader import BatchPlan, Step
+from ..rollout.loader import Step
 from ..rollout.prompts import tokenised_prompts
 from ..rollout.reward_models import RewardModel, load_reward_model
 from ..rollout.rewards import RewardPool
 from ..rollout.states import add_last_state, set_targets, state_weights, token_counts
 from ..rollout.update import attach
 from ..sampled_data import SampledDataTrainer
-from ..value_model import ActorCritic, ValueModelCallback, make_value_model, ready_value_model, state_values
+from ..value_model import (
+    ActorCritic,
+    ValueModelCallback,
+    critic_loss,
+    make_value_model,
+    ready_value_model,
+    state_values,
+)
 
 logger = logging.getLogger(__name__)
 KL_ESTIMATORS = ("k1", "k3")
@@ -51,16 +60,13 @@ class PPOConfig(
     which `num_ppo_epochs * num_mini_batches` updates are made.
     """
 
-    _VALID_DICT_FIELDS = [
-        *AlignConfig._VALID_DICT_FIELDS,
-        *("model_init_kwargs", "generation_kwargs", "chat_template_kwargs", "transformers_continuous_batching_config"),
-    ]
+    _VALID_DICT_FIELDS = [*AlignConfig._VALID_DICT_FIELDS, *DICT_FIELDS]
 
     learning_rate: float = arg(3e-6, "Initial learning rate.")
     remove_unused_columns: bool | None = arg(False, "Give reward functions no column but the prompt.")
     num_generations: int = arg(1, "Completions of each prompt.")
     temperature: float = arg(0.7, "Divides the logits, of sampling and of the loss alike.")
-    max_completion_length: int | None = arg(None, "Another name of `response_length`, over which it wins.")
+    max_completion_length: int | None = field(init=False, default=None)  # `response_length`
     response_length: int = arg(53, "Longest completion, in tokens.")
     stop_token: str | None = arg(None, "'eos': completions end at the end token; unset: only at their longest.")
     stop_token_id: int | None = arg(None, "The token at which completions end, in place of `stop_token`.")
@@ -76,12 +82,8 @@ class PPOConfig(
     lam: float = arg(0.95, "Lambda of the generalised advantages (arXiv:1506.02438).")
     whiten_rewards: bool = arg(False, "Divide rewards by their deviation; needs 8 completions in a mini-batch.")
     missing_eos_penalty: float | None = arg(None, "Taken off the score of completions without an end token.")
-    local_rollout_forward_batch_size: int = arg(
-        64, "Without effect: passes without gradient are batched by tokens (`token_budget`)."
-    )
-    num_sample_generations: int = arg(
-        10, "Times in the run that completions of the evaluation set are printed; 0: never."
-    )
+    local_rollout_forward_batch_size: int = arg(64, "Without effect: passes without gradient are cut by tokens.")
+    num_sample_generations: int = arg(10, "Times in the run that completions of the evaluation set are printed.")
     reward_model_path: str | None = arg(None, "Reward model, where the trainer is given none.")
     sft_model_path: str | None = arg(None, "Reference, where the trainer is given none; unset: the policy at first.")
 
@@ -90,8 +92,6 @@ class PPOConfig(
 
     def __post_init__(self):
         super().__post_init__()
-        if self.max_completion_length is not None:
-            self.response_length = self.max_completion_length
         self.max_completion_length = self.response_length
         self.check_model_args()
         self.check_reference_args()
@@ -101,9 +101,7 @@ class PPOConfig(
         one_of(self, "kl_estimator", KL_ESTIMATORS)
         one_of(self, "stop_token", (None, "eos"))
         if self.stop_token is not None and self.stop_token_id is not None:
-            raise ValueError(
-                f"`stop_token={self.stop_token!r}` and `stop_token_id={self.stop_token_id}` are both set: give one."
-            )
+            raise ValueError(f"`stop_token` {self.stop_token!r} and `stop_token_id` {self.stop_token_id}: give one.")
         for name in ("num_ppo_epochs", "num_mini_batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least 1.")
@@ -136,6 +134,11 @@ class PPOConfig(
         """Completions of a step over all processes."""
         return self.local_batch_size * self.world_size
 
+    @property
+    def steps_per_generation(self) -> int:
+        """Micro-batches of a generation, which is a step; `PPOTrainer.batches_of` goes through it several times."""
+        return self.gradient_accumulation_steps
+
 
 class PPOTrainer(SampledDataTrainer):
     """PPO for language models (arXiv:1909.08593), with a critic of its own and TRL's arguments and metrics.
@@ -154,9 +157,9 @@ class PPOTrainer(SampledDataTrainer):
 
     def __init__(
         self,
-        args: PPOConfig | None,
-        processing_class,
-        model,
+        args: PPOConfig | None = None,
+        processing_class=None,
+        model=None,
         ref_model=None,
         reward_model=None,
         train_dataset=None,
@@ -171,18 +174,17 @@ class PPOTrainer(SampledDataTrainer):
         rollout_func=None,
         quantization_config=None,
     ):
+        if model is None:
+            raise ValueError("`model` is required: the policy, by name or as an object.")
         config: Any = as_config(args, PPOConfig, f"{model_name(model).split('/')[-1]}-PPO")
-        if ref_model is not None and ref_model is model:
-            raise ValueError("`model` and `ref_model` are the same object: leave `ref_model` out, or copy the model.")
         if data_collator is not None:
             logger.warning("`data_collator` has no effect: prompts are not padded, and completions are sampled.")
         reward_model = config.reward_model_path if reward_model is None else reward_model
         self._reward_model = load_reward_model(reward_model) if isinstance(reward_model, str) else reward_model
         _set_length(config, train_dataset)
         if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(
-                model_name(model), trust_remote_code=config.trust_remote_code
-            )
+            trust = config.trust_remote_code
+            processing_class = AutoTokenizer.from_pretrained(model_name(model), trust_remote_code=trust)
         train_dataset, eval_dataset = (tokenised_prompts(d, processing_class) for d in (train_dataset, eval_dataset))
         super().__init__(
             model,
@@ -206,7 +208,7 @@ class PPOTrainer(SampledDataTrainer):
         self.trained_module = ActorCritic(self.model, self.value_model)
         self.add_callback(ValueModelCallback(self.value_model))
         self._ratios: list[Tensor] = []  # mean ratio of each micro-batch of the step
-        self._began = time.time()
+        self._began, self._sampled_step = time.time(), 0
 
     def check(self) -> None:
         """Completions end where the config says, not where the model does."""
@@ -230,19 +232,6 @@ class PPOTrainer(SampledDataTrainer):
     def create_optimizer(self, model=None):
         """One optimizer for policy and critic."""
         return super().create_optimizer(self.trained_module if model is None else model)
-
-    def batch_plan(self) -> BatchPlan:
-        """A generation is a step; `batches_of` goes through it several times."""
-        args = self.args
-        return BatchPlan(
-            micro_size=args.per_device_train_batch_size,
-            num_parts=args.gradient_accumulation_steps,
-            num_iterations=1,
-            accumulation=args.gradient_accumulation_steps,
-            num_generations=args.num_generations,
-            rank=self.rank,
-            world=self.world,
-        )
 
     # From scores to targets
 
@@ -281,8 +270,7 @@ class PPOTrainer(SampledDataTrainer):
             sums = set_targets(kept, known, args.device, **{name: getattr(args, name) for name in TARGETS})
             for name, value in sums.items():
                 self.metrics.mean(f"objective/{name}", value, len(kept))
-        ends = sum(one.completion_ids.count(eos) for one in batch.samples)
-        self.metrics.mean("val/num_eos_tokens", float(ends))
+        self.metrics.mean("val/num_eos_tokens", float(sum(one.completion_ids.count(eos) for one in batch.samples)))
 
     # Updates
 
@@ -321,12 +309,6 @@ class PPOTrainer(SampledDataTrainer):
         args, known = self.args, inputs.extras
         has_token, of_states = known["has_token"], state_weights(inputs)
 
-        def value_op(values: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-            losses, clipped = clipped_value_loss(
-                values, known["value"], known["return"], cliprange_value=args.cliprange_value
-            )
-            return (losses * of_states).sum(), (losses.detach(), clipped)
-
         def op(hidden: Tensor, weight: Tensor, **head) -> tuple[Tensor, Any]:
             policy_loss, stats = linear_policy_loss(
                 hidden,
@@ -340,7 +322,7 @@ class PPOTrainer(SampledDataTrainer):
                 **head,
             )
             with self.accelerator.autocast():
-                value_loss, of_values = state_values(self.value_model, inputs, value_op)
+                value_loss, of_values = critic_loss(self.value_model, inputs, of_states, args.cliprange_value)
             return policy_loss + args.vf_coef * value_loss, (stats, *of_values)
 
         found = head_loss(model, inputs, op, temperature=args.temperature, **self.router_inputs())
@@ -384,6 +366,27 @@ class PPOTrainer(SampledDataTrainer):
             logs |= {"lr": logs["learning_rate"], "episode": episode}
             logs["eps"] = int(episode / max(time.time() - self._began, 1e-6))
         super().log(logs, start_time)
+
+    def _log_evaluate_save(self) -> None:
+        super()._log_evaluate_save()
+        wanted, done = self.args.num_sample_generations, self.state.global_step
+        if wanted > 0 and done != self._sampled_step and (done - 1) % max(1, self.state.max_steps // wanted) == 0:
+            self.generate_completions(sampling=True)
+        self._sampled_step = done
+
+    def generate_completions(self, sampling: bool = False) -> None:
+        """Print completions of the evaluation set, almost the likeliest ones; of its first batch with `sampling`."""
+        dataset = next(iter(self.eval_dataset.values())) if isinstance(self.eval_dataset, dict) else self.eval_dataset
+        if dataset is None or not isinstance(self.rollouts, Rollouts) or not self.is_world_process_zero():
+            return
+        rows = list(islice(iter(dataset), self.args.per_device_eval_batch_size if sampling else None))
+        self._sync_engine()
+        given, self.rollouts.sampling = self.rollouts.sampling, replace(self.sampling, temperature=0.01)
+        samples = [group.samples[0] for group in sorted(self.rollouts.run(rows, 1, 0), key=lambda group: group.index)]
+        self.rollouts.sampling = given
+        print(
+            render(sample_rows(samples, self.rewards.submit(samples).result()), self.state.global_step, 5), flush=True
+        )
 
 
 def _set_length(config: PPOConfig, dataset: Any) -> None:

@@ -16,7 +16,7 @@ from ..config_groups import ModelArgs
 from ..policy import head_loss
 from ..reference import MovingReferenceArgs
 from ..rollout.buffer import Experience
-from ..rollout.config import BatchArgs, CompletionLogArgs, EngineArgs, RewardArgs, SamplingArgs
+from ..rollout.config import DICT_FIELDS, BatchArgs, CompletionLogArgs, EngineArgs, RewardArgs, SamplingArgs
 from ..rollout.generation import GenerationBatch
 from ..rollout.group_batches import GroupBatch
 from ..rollout.loader import Step
@@ -29,10 +29,7 @@ class RLOOConfig(
 ):
     """Settings of RLOOTrainer: `transformers.TrainingArguments`, the shared groups, and those below."""
 
-    _VALID_DICT_FIELDS = [
-        *AlignConfig._VALID_DICT_FIELDS,
-        *("model_init_kwargs", "generation_kwargs", "chat_template_kwargs", "transformers_continuous_batching_config"),
-    ]
+    _VALID_DICT_FIELDS = [*AlignConfig._VALID_DICT_FIELDS, *DICT_FIELDS]
 
     learning_rate: float = arg(1e-6, "Initial learning rate.")
     remove_unused_columns: bool | None = arg(False, "Give reward functions no column but the prompt.")
