@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from tiny import FAMILIES, tiny_model
 
 from fastalign.data.collate import collate_flat, collate_padded
@@ -240,6 +241,36 @@ def test_soft_prompts_take_part():
     requests = requests_of(prompts_of(4, 7), 2, Sampling(6))
     completions = run(NativeEngine(model), requests)
     assert worst_error(model, requests, completions) < 1e-5
+
+
+def test_images_of_a_prompt_reach_the_model():
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**small, image_size=16, patch_size=8),
+        text_config=transformers.LlamaConfig(**small, vocab_size=340, max_position_embeddings=256),
+        image_token_id=339,
+    )
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    prompt = [11, 339, 339, 339, 339, 12]
+    images = [{"pixel_values": torch.randn(1, 3, 16, 16)} for _ in range(2)]
+    requests = [Request((i, j), prompt, SAMPLING, i + 7 * j, images[i]) for i in range(2) for j in range(3)]
+    requests += [Request(("greedy", i), prompt, Sampling(8, temperature=0.0), None, images[i]) for i in range(2)]
+    requests.append(Request("text", [11, 12, 13], Sampling(8, temperature=0.0)))
+    completions = run(NativeEngine(model, max_rows=4), requests)
+    for request in requests:
+        inputs = {"input_ids": torch.tensor([prompt if request.key != "text" else request.prompt_ids])}
+        inputs |= request.model_inputs
+        if request.sampling.temperature == 0:
+            options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+            expected = model.generate(**inputs, max_new_tokens=8, **options)
+            assert completions[request.key].ids == expected[0, inputs["input_ids"].shape[1] :].tolist()
+        else:
+            ids = completions[request.key].ids
+            whole = inputs | {"input_ids": torch.tensor([prompt + ids])}
+            logp = model(**whole).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            logp = logp.gather(1, torch.tensor(ids)[:, None])[:, 0]
+            assert torch.allclose(logp, torch.tensor(completions[request.key].logps), atol=1e-5)
 
 
 def test_autocast_of_the_trainer():

@@ -64,6 +64,7 @@ class NativeEngine:
         self.exact = is_exact(self.base, autocast)
         self.max_rows, self.tokens_per_step = max_rows, tokens_per_step
         self._autocast = autocast
+        self._still: Callable[[], AbstractContextManager] = lambda: quiet(model)  # around what is computed
         self._cache_bytes, self._bytes_per_token = cache_bytes, bytes_per_token(self.base)
         self._seeds = random.Random(seed)
         self._waiting: deque[Row] = deque()
@@ -111,7 +112,7 @@ class NativeEngine:
         finished: list[Completion] = []
         if not self.pending:
             return finished
-        with quiet(self.model), self._autocast():
+        with self._still(), self._autocast():
             self._merge_small()
             for rows in self._batches(self._take()):
                 finished += self._start(rows)
@@ -180,8 +181,10 @@ class NativeEngine:
         batches: dict[Any, list[Row]] = {}
         for row in rows:
             kind: Any = max(len(row.history) - 1, SHORT_PROMPT - 1).bit_length()
-            if not self.info.flat or row.request.model_inputs:
-                kind = row.history if row.request.model_inputs else -len(row.history)
+            if row.request.model_inputs:
+                kind = row.history, tuple(map(id, row.request.model_inputs.values()))
+            elif not self.info.flat:
+                kind = -len(row.history)
             batches.setdefault(kind, []).append(row)
         return list(batches.values())
 

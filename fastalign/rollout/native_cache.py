@@ -151,7 +151,9 @@ class KeyValues:
         seen = self.longest if window is None else min(window - stop, self.longest)
         if seen > 0:
             before, before_lse = self._attend_prefix(layer, own, seen, scale, softcap)
-            out, lse = _merge(out, lse, before, before_lse)
+            share = (before_lse - lse).sigmoid().unsqueeze(-1)
+            out = torch.lerp(out.float(), before.float(), share).to(out.dtype)
+            lse = torch.logaddexp(lse, before_lse) if sinks is not None else lse
         if sinks is not None:
             out = out * (lse - sinks.to(lse.dtype)).sigmoid().unsqueeze(-1).to(out.dtype)
         return out
@@ -255,12 +257,6 @@ def _explicit_attention(q, k, v, bias: Tensor | None, scale: float, softcap: flo
 def _pair(tensors: Iterable[Tensor]) -> Pair:
     k, v = tensors
     return k, v
-
-
-def _merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over two sets of keys, from that over each."""
-    share = (other_lse - lse).sigmoid().unsqueeze(-1)
-    return torch.lerp(out.float(), other.float(), share).to(out.dtype), torch.logaddexp(lse, other_lse)
 
 
 def bytes_per_token(model: Any) -> int:
