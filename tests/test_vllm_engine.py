@@ -316,6 +316,18 @@ def test_weights_that_cannot_be_reloaded_are_refused(engine):
     assert worst(engine, engine.model) < FP32
 
 
+def test_env_says_which_way(engine, tmp_path, capsys):
+    from fastalign.cli.env import main
+
+    tiny_model("gpt2", **(SIZES | {"head_dim": None, "num_key_value_heads": None})).save_pretrained(tmp_path)
+    assert main(["--model", str(tmp_path)]) == 0
+    expected = (
+        "- weights for vLLM: reloaded: loaded anew by the engine after each step, because the engine keeps no tensor"
+    )
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith(expected) and line.endswith("(tried with 2 of 2 layers in float32)")
+
+
 def test_memory_of_the_cache():
     config = tiny_model("llama", **SIZES).config
     per_token = 2 * config.num_hidden_layers * 1 * 32 * 4

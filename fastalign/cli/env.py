@@ -26,6 +26,7 @@ PACKAGES = [
     "vllm",
     "trl",
 ]
+DTYPES = ("float32", "bfloat16", "float16")
 CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "asimd", "sve", "bf16")
 
 
@@ -109,7 +110,19 @@ def _attention(torch) -> str:
 def main(arguments: list[str]) -> int:
     """Print the environment, one line each."""
     parser = argparse.ArgumentParser(prog="fastalign env", description="Print versions, devices and back ends.")
-    parser.parse_args(arguments)
+    parser.add_argument("--model", help="also say how weights of this model (folder or Hub name) would reach vLLM")
+    parser.add_argument(
+        "--dtype", default="float32", choices=DTYPES, help="what that model is trained in (default: %(default)s)"
+    )
+    parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that the model brings")
+    options = parser.parse_args(arguments)
     for name, value in environment().items():
         print(f"- {name}: {value}")
+    if options.model is not None:
+        import torch
+
+        from ..rollout.vllm_check import weight_way
+
+        dtype = getattr(torch, options.dtype)
+        print(f"- weights for vLLM: {weight_way(options.model, dtype, options.trust_remote_code)}")
     return 0

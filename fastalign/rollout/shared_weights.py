@@ -80,12 +80,13 @@ def _place(name: str, shape, shapes, engine, parents) -> tuple[Tensor | None, st
         if name.endswith(of_model) and (whole := name.replace(of_model, of_engine)) in engine:
             return _rows(engine[whole], 0, shape), whole
     prefix, _, suffix = name.rpartition(".")
-    parent, _, layer = prefix.rpartition(".")
+    layer = prefix.rpartition(".")[2]
+    parent = prefix.removesuffix(layer)
     if layer not in parents:
         return None, ""
     whole, parts = parents[layer]
-    fused = f"{parent}.{whole}.{suffix}"
-    rows = [shapes.get(f"{parent}.{part}.{suffix}", (None,))[0] for part in parts]
+    fused = f"{parent}{whole}.{suffix}"
+    rows = [shapes.get(f"{parent}{part}.{suffix}", (None,))[0] for part in parts]
     if fused not in engine or None in rows or sum(rows) != engine[fused].shape[0]:
         return None, ""
     return _rows(engine[fused], sum(rows[: parts.index(layer)]), shape), fused

@@ -36,7 +36,9 @@ def why_merged(model: Any) -> str:
     if config.bias != "none":
         return f"the adapter trains biases (`bias={config.bias!r}`)"
     layers = {name.split(".lora_A.")[0] for name, _ in model.named_modules() if ".lora_A." in name}
-    if any(not isinstance(model.get_submodule(name).get_base_layer(), torch.nn.Linear) for name in layers):
+    if any("lora_embedding_" in name for name, _ in model.named_parameters()) or any(
+        not isinstance(model.get_submodule(name).get_base_layer(), torch.nn.Linear) for name in layers
+    ):
         return "the adapter is on layers other than linear ones"
     return f"its rank is above {RANKS[-1]}" if highest_rank(config) > RANKS[-1] else ""
 

@@ -77,7 +77,7 @@ class VLLMEngine:
         except ImportError as error:
             raise ImportError(f"{INSTALL} ({error})") from error
         source = self._path.source
-        vllm_loading.write_config(source.base, self._folder.name)
+        vllm_loading.import_model_class(vllm_loading.write_config(source.base, self._folder.name))
         options = vllm_loading.options(source.base.config, config, dtype)
         if self._adapter is not None:
             options |= engine_options(self._adapter.model)
@@ -195,7 +195,8 @@ class VLLMEngine:
     def _check_reload(self) -> None:
         before = self._probe()
         with self._path.source.readable() as tensors:
-            self._reload((name, tensor * 0.9) for name, tensor in self._path.source.checkpoint(tensors))
+            given = self._path.source.checkpoint(tensors)
+            self._reload((name, tensor * 0.9 if tensor.is_floating_point() else tensor) for name, tensor in given)
         other = self._probe()
         self._path.push(self._reload)
         after = self._probe()

@@ -59,12 +59,26 @@ def plain_layout() -> Iterator[None]:
             setattr(owner, name, value)
 
 
-def write_config(model: Any, folder: str) -> None:
-    """Write what an engine has to know of `model`, as it is now (its vocabulary may have grown)."""
+def import_model_class(architectures: list[str]) -> None:
+    """Import the engine's class of a model here; vLLM would start another process to look at it."""
+    from vllm import ModelRegistry
+
+    for name in architectures:
+        known = ModelRegistry.models.get(name)
+        if known is not None:
+            ModelRegistry.register_model(name, known.load_model_cls())
+
+
+def write_config(model: Any, folder: str) -> list[str]:
+    """Write what an engine has to know of `model`, as it is now (its vocabulary may have grown).
+
+    Returns the names of its architecture.
+    """
     config = copy.copy(model.config)
     if not config.architectures:
         config.architectures = [next(c for c in type(model).__mro__ if not c.__name__.startswith("FSDP")).__name__]
     config.save_pretrained(folder)
+    return config.architectures
 
 
 def options(model_config: Any, config: Any, dtype: torch.dtype) -> dict[str, Any]:

@@ -126,7 +126,8 @@ class Surroundings:
         """Tell torch of training's groups again, which it forgets when a default group is destroyed."""
         for group, name in c10d._pg_names.items():
             c10d._register_process_group(name, group)
-        c10d._world.group_count = max(c10d._world.group_count, len(c10d._pg_names))
+        taken = [int(name) for name in c10d._pg_names.values() if str(name).isdecimal()]
+        c10d._world.group_count = max([c10d._world.group_count, *(number + 1 for number in taken)])
 
     def _exchange(self) -> None:
         """Swap the state that is in place with the one that is kept."""
