@@ -7,7 +7,7 @@ from tiny import FAMILIES, tiny_model
 
 from fastalign.data.collate import collate_flat, collate_padded
 from fastalign.policy import policy_info, token_stats
-from fastalign.rollout import native
+from fastalign.rollout import native, native_cohort
 from fastalign.rollout.engine import Request, Sampling, generate
 from fastalign.rollout.native import NativeEngine
 from fastalign.rollout.native_sampling import uniforms
@@ -136,8 +136,8 @@ def test_requests_without_a_seed_differ_and_follow_the_engines():
 def test_later_requests_start_while_others_go_on(monkeypatch):
     monkeypatch.setattr(native, "MOST_COHORTS", 3)
     model = tiny_model("mistral")
-    requests = requests_of(prompts_of(3, 9, 1, 20, 5, 33, 2, 8), 2, Sampling(24, stop_ids=(7,)))
-    expected = {r.key: run(NativeEngine(model), [r])[r.key] for r in requests}
+    requests = requests_of(prompts_of(3, 9, 1, 20, 5, 33), 2, Sampling(16, stop_ids=(7,)))
+    expected = run(NativeEngine(model), requests)
     engine, found, most = NativeEngine(model, tokens_per_step=2), {}, 0
     for request in requests:
         engine.submit([request])
@@ -152,12 +152,13 @@ def test_later_requests_start_while_others_go_on(monkeypatch):
 
 @pytest.mark.parametrize("family", ["llama", "mamba"])
 def test_little_memory_makes_rows_wait_but_changes_nothing(family, monkeypatch):
-    monkeypatch.setattr(native, "EXPECTED_TOKENS", 8)
+    monkeypatch.setattr(native, "EXPECTED_TOKENS", 4)
+    monkeypatch.setattr(native_cohort, "FIRST_ROOM", 4)
     model = tiny_model(family)
-    requests = requests_of(prompts_of(3, 9, 40), 3, Sampling(70, stop_ids=(7,)))
+    requests = requests_of(prompts_of(3, 9, 20), 2, Sampling(18, stop_ids=(7,)))
     expected = run(NativeEngine(model), requests)
     engine = NativeEngine(model, cache_bytes=0)
-    engine._cache_bytes = 300 * engine._bytes_per_token
+    engine._cache_bytes = 100 * engine._bytes_per_token
     put_back = []
     monkeypatch.setattr(
         NativeEngine, "_put_back", lambda self, *a, old=NativeEngine._put_back: put_back.append(a) or old(self, *a)
