@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any, cast
 
+import torch
 from fastalign_kernels.losses.value import clipped_value_loss
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, TrainerCallback
@@ -14,8 +15,8 @@ from .loop.model_setup import place_model
 from .loop.weights import like
 from .models import load_model
 from .pairs import disable_dropout
-from .policy import unwrap
-from .reward_head import prepare_reward_model, score_loss
+from .policy import head_loss, unwrap
+from .reward_head import prepare_reward_model, score_loss, scores
 from .scoring_head import attach_classifier
 
 
@@ -48,13 +49,32 @@ class ValueModelCallback(TrainerCallback):
         self.critic.load_state_dict({name: like(value, own[name]) for name, value in state.items()})
 
 
+class ValueHead(nn.Linear):
+    """A critic without a body: it reads the hidden states that the policy's head reads; 0 at first."""
+
+    def __init__(self, policy: Any):
+        super().__init__(policy.config.get_text_config().hidden_size, 1, bias=False)
+        nn.init.zeros_(self.weight)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(N,) values, in the weight's precision, of hidden states (N, D)."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return super().forward(hidden.to(self.weight.dtype))[:, 0]
+
+
 def make_value_model(value_model: Any, reward_model: Any, policy: nn.Module, args) -> nn.Module:
     """The critic of `policy`: `value_model` (a model or a name), else a copy of the reward model, else of the policy.
 
-    Made from the policy its head is 0, and so are its first values. ValueError for a model that does not give one
-    number per token, or that is trained or frozen in another place.
+    With `args.share_backbone` a `ValueHead`. Made from the policy its head is 0, and so are its first values.
+    ValueError for a model that does not give one number per token, or that is trained or frozen in another place.
     """
     base = unwrap(policy)
+    if args.share_backbone:
+        if value_model is not None:
+            raise ValueError(
+                "`share_backbone=True` makes a head on the policy, but a `value_model` is given: drop one."
+            )
+        return ValueHead(base).to(next(base.parameters()).device)
     if value_model is None:
         value_model = copy.deepcopy(reward_model) if isinstance(reward_model, nn.Module) else reward_model
     if value_model is None:
@@ -81,6 +101,8 @@ def make_value_model(value_model: Any, reward_model: Any, policy: nn.Module, arg
 def ready_value_model(critic: Any, trainer) -> None:
     """Place `critic` and let it take the batches of the trainer's policy; dropout off, checkpointing as configured."""
     args = trainer.args
+    if isinstance(critic, ValueHead):
+        return
     critic.config.use_cache = False
     place_model(critic, args, trainer.accelerator)
     disable_dropout(critic)
@@ -94,25 +116,26 @@ def ready_value_model(critic: Any, trainer) -> None:
         critic.gradient_checkpointing_enable(gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs)
 
 
-def state_values(critic: nn.Module, batch: TokenBatch, op=None) -> tuple[Tensor, Any]:
-    """`op(values (S,))` of the values, fp32, at `batch.source`: (its loss, what else it gives); without op the values.
+def state_values(critic: nn.Module, batch: TokenBatch, policy: nn.Module) -> Tensor:
+    """(N,) values, fp32, at `batch.source`, in padded batches too.
 
-    One forward of `critic`, at every position that is listed, in padded batches too.
+    One forward of `critic`, or of the `policy` that it is a head on.
     """
+    if isinstance(critic, ValueHead):
 
-    def flat(found: Tensor) -> tuple[Tensor, Any]:
-        values = found[:, 0]
-        return (values.sum(), values.detach()) if op is None else op(values)
+        def op(hidden: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
+            return hidden.sum(), critic(hidden)
 
-    found = score_loss(critic, batch, flat, per_token=True)
-    return found.loss, found.result
+        return head_loss(policy, batch, op).result
+    return scores(critic, batch, per_token=True)[:, 0]
 
 
 def critic_loss(
-    critic: nn.Module, batch: TokenBatch, weights: Tensor, cliprange_value: float
+    critic: nn.Module, batch: TokenBatch, hidden: Tensor, weights: Tensor, cliprange_value: float
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """The clipped loss of the values at `batch.source`, summed with `weights` (N,); (loss, clipped) of each.
 
+    `hidden` (N, D) are the policy's hidden states there, for a critic that is a head on them.
     `batch.extras` has the values that sampled the batch, "value", and what they should have been, "return", (N,) each.
     """
 
@@ -121,7 +144,10 @@ def critic_loss(
         losses, clipped = clipped_value_loss(values, old, returns, cliprange_value=cliprange_value)
         return (losses * weights).sum(), (losses.detach(), clipped)
 
-    return state_values(critic, batch, op)
+    if isinstance(critic, ValueHead):
+        return op(critic(hidden))
+    found = score_loss(critic, batch, lambda column: op(column[:, 0]), per_token=True)
+    return found.loss, found.result
 
 
 def _from_policy(base: Any) -> nn.Module:

@@ -31,7 +31,7 @@ CASES = {  # name -> settings; "even": all completions have LONGEST tokens, so t
     "mini_batches": {"per_device_train_batch_size": 6, "num_mini_batches": 3, "gamma": 0.9, "lam": 0.8},
     "whitened": {"per_device_train_batch_size": 8, "whiten_rewards": True, "kl_estimator": "k3", "temperature": 1.3},
 }
-NUM_BATCHES = 3
+NUM_BATCHES = 2
 
 
 def settings_of(case: str) -> dict:

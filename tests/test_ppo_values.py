@@ -15,9 +15,10 @@ from fastalign.models import LoadedModel
 from fastalign.reward_head import prepare_reward_model
 from fastalign.rollout.buffer import Experience
 from fastalign.rollout.states import add_last_state, set_targets
-from fastalign.value_model import make_value_model, state_values
+from fastalign.value_model import ValueHead, critic_loss, make_value_model, state_values
 
 F64 = torch.float64
+OWN = {"share_backbone": False}
 WIDTH = 6
 LENGTHS = (6, 1, 4, 6, 5)  # those of the full width have no state behind the last token
 
@@ -97,9 +98,10 @@ def test_values_are_the_heads_at_every_listed_position(allow_flat):
     width = None if allow_flat else batch.input_ids.shape[1]
     starts = [i * width for i in range(3)] if width else batch.cu_seqlens.tolist()
     batch.source = torch.tensor([s + p for s, where in zip(starts, wanted, strict=False) for p in where])
-    loss, values = state_values(model, batch, lambda v: ((v * torch.arange(6)).sum(), v.detach()))
     right = torch.cat([row[where] for row, where in zip(expected, wanted, strict=True)])
-    torch.testing.assert_close(values, right.detach())
+    torch.testing.assert_close(state_values(model, batch, model), right.detach())
+    batch.extras = {"value": right.detach(), "return": right.detach() - torch.arange(6)}
+    loss, _ = critic_loss(model, batch, right, torch.ones(6), 0.2)  # of (v - R)^2 / 2, whose gradient is 0, 1, ..., 5
     loss.backward()
     got = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
@@ -108,9 +110,22 @@ def test_values_are_the_heads_at_every_listed_position(allow_flat):
         torch.testing.assert_close(grad, dict(model.named_parameters())[name].grad, rtol=1e-4, atol=1e-6)
 
 
+def test_a_head_on_the_policy_pulls_on_its_hidden_states():
+    head, hidden = ValueHead(tiny_model()), torch.randn(5, 32, requires_grad=True)
+    torch.nn.init.normal_(head.weight)
+    returns, weights = torch.randn(5), torch.rand(5)
+    values = (hidden @ head.weight[0]).detach()
+    batch = SimpleNamespace(extras={"value": values, "return": returns})
+    loss, (losses, clipped) = critic_loss(head, batch, hidden, weights, 0.2)
+    torch.testing.assert_close(losses, (values - returns) ** 2 / 2)
+    assert not clipped.any()
+    loss.backward()
+    torch.testing.assert_close(hidden.grad, (weights * (values - returns))[:, None] * head.weight)
+
+
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_critic_made_of_the_policy_has_its_body_and_a_head_of_zero(lora):
-    policy, args = tiny_model("qwen2"), SimpleNamespace(gradient_checkpointing=False, deepspeed_plugin=None)
+    policy, args = tiny_model("qwen2"), SimpleNamespace(**OWN, gradient_checkpointing=False, deepspeed_plugin=None)
     expected = policy.model(torch.tensor([[5, 6, 7]])).last_hidden_state
     if lora:
         peft = pytest.importorskip("peft")
@@ -125,8 +140,8 @@ def test_a_critic_made_of_the_policy_has_its_body_and_a_head_of_zero(lora):
 def test_critics_that_do_not_fit_are_refused():
     policy, reward = tiny_model(), scorer(0)
     with pytest.raises(ValueError, match="same object"):
-        make_value_model(reward, reward, policy, None)
+        make_value_model(reward, reward, policy, SimpleNamespace(**OWN))
     with pytest.raises(ValueError, match="one number per token"):
-        make_value_model(tiny_model(seed=1), reward, policy, None)
-    copied = make_value_model(None, reward, policy, None)
+        make_value_model(tiny_model(seed=1), reward, policy, SimpleNamespace(**OWN))
+    copied = make_value_model(None, reward, policy, SimpleNamespace(**OWN))
     assert copied is not reward and torch.equal(copied.score.weight, reward.score.weight)

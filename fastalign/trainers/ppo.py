@@ -54,11 +54,8 @@ TARGETS = ("kl_coef", "kl_estimator", "whiten_rewards", "gamma", "lam")  # field
 class PPOConfig(
     CompletionLogArgs, GroupArgs, RewardArgs, EngineArgs, SamplingArgs, MovingReferenceArgs, ModelArgs, AlignConfig
 ):
-    """Settings of PPOTrainer: `transformers.TrainingArguments`, the shared groups, and those below.
-
-    A step is one batch of `per_device_train_batch_size * gradient_accumulation_steps` completions per process, from
-    which `num_ppo_epochs * num_mini_batches` updates are made.
-    """
+    """Settings of PPOTrainer. A step is one batch of `per_device_train_batch_size * gradient_accumulation_steps`
+    completions per process, from which `num_ppo_epochs * num_mini_batches` updates are made."""
 
     _VALID_DICT_FIELDS = [*AlignConfig._VALID_DICT_FIELDS, *DICT_FIELDS]
 
@@ -84,6 +81,7 @@ class PPOConfig(
     missing_eos_penalty: float | None = arg(None, "Taken off the score of completions without an end token.")
     local_rollout_forward_batch_size: int = arg(64, "Without effect: passes without gradient are cut by tokens.")
     num_sample_generations: int = arg(10, "Times in the run that completions of the evaluation set are printed.")
+    share_backbone: bool = arg(False, "The critic is a head on the policy's body: one forward for both.")
     reward_model_path: str | None = arg(None, "Reward model, where the trainer is given none.")
     sft_model_path: str | None = arg(None, "Reference, where the trainer is given none; unset: the policy at first.")
 
@@ -248,8 +246,8 @@ class PPOTrainer(SampledDataTrainer):
         attach("value", batch.experiences, self.run_pass(batch.experiences, self._values))
 
     def _values(self, batch: GroupBatch) -> Tensor:
-        with quiet(self.value_model), self.accelerator.autocast():
-            return state_values(self.value_model, batch)[1]
+        with quiet(self.trained_module), self.accelerator.autocast():
+            return state_values(self.value_model, batch, self.model)
 
     def score(self, batch: GenerationBatch) -> None:
         """Advantages and returns of each token; a completion that nothing could score is left out."""
@@ -322,7 +320,7 @@ class PPOTrainer(SampledDataTrainer):
                 **head,
             )
             with self.accelerator.autocast():
-                value_loss, of_values = critic_loss(self.value_model, inputs, of_states, args.cliprange_value)
+                value_loss, of_values = critic_loss(self.value_model, inputs, hidden, of_states, args.cliprange_value)
             return policy_loss + args.vf_coef * value_loss, (stats, *of_values)
 
         found = head_loss(model, inputs, op, temperature=args.temperature, **self.router_inputs())
