@@ -24,6 +24,7 @@ import triton.language as tl
 from fastalign_kernels.numerics import LN_2, rounded, wide
 
 EMPTY = tl.constexpr(-130.0)  # log2 of an E that underflowed
+LEAST = tl.constexpr(2.0**-126)  # a constant below it would make what it meets fp64
 
 
 @triton.jit
@@ -78,7 +79,7 @@ def elementwise_kernel(
     logp = tl.load(logp_ + row)
     norm = tl.load(norms + row)
     lse = tl.load(lse_ + row)
-    log_e = tl.where(e > 0, tl.log2(tl.maximum(e, 1e-40)), EMPTY) * LN_2
+    log_e = tl.where(e > 0, tl.log2(tl.maximum(e, LEAST)), EMPTY) * LN_2
     log_p = tl.where(hit, logp, log_e - tl.log(norm))
     p = tl.where(hit, tl.exp(logp), e / norm)
     grad = tl.zeros((BLOCK,), tl.float32)

@@ -16,13 +16,10 @@ PROGRAMS_PER_MULTIPROCESSOR = 4  # of the backward pass: each keeps one partial 
 
 
 def tile(columns: int) -> tuple[int, int, int]:
-    """Rows and columns of a program's tile, and its warps: 16 elements per thread, 32 in the longest rows.
-
-    Half as many warps, and twice the elements, where columns allow no 128-bit loads: ptxas spills there otherwise.
-    """
+    """Rows and columns of a program's tile, and its warps: 16 elements per thread, 32 in the longest rows."""
     block = max(triton.next_power_of_2(columns), 16)
     rows = max(2048 // block, 1)
-    return rows, block, min(rows * block // (512 if columns % 8 == 0 else 1024), 16)
+    return rows, block, min(rows * block // 512, 16)
 
 
 @triton.jit
@@ -134,6 +131,8 @@ def forward(
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     rstd = torch.empty(num_rows, dtype=torch.float32, device=x.device)
     rows, block, num_warps = tile(columns)
+    if columns % 8:  # without 128-bit loads ptxas spills addresses at more warps
+        num_warps = min(rows * block // 1024, 16)
     if num_rows:
         _rms_norm_fwd_kernel[(triton.cdiv(num_rows, rows),)](
             x,
