@@ -78,22 +78,34 @@ case("offset-pointers rows without alignment")(lambda: _offset(251, 2047, BF16, 
 case("offset-pointers fp32")(lambda: _offset(256, 2048, FP32, ("logp",), LogitForm(), True))
 
 
-def _offset_gradients(outputs: tuple[str, ...]) -> None:
-    from fastalign_kernels import fused
+def _offset_head(outputs: tuple[str, ...], form: LogitForm, bias: bool, gradient: bool = True) -> None:
+    """The head in offset-exponential form: the rows that are made again and the gradients are kernels of their own."""
+    from fastalign_kernels import fused, stats
 
     os.environ["FASTALIGN_HEAD"] = "offset"
-    hidden, weight = _matrix(ROWS, 64, BF16, True), _matrix(512, 64, BF16, True)
+    hidden, weight = _matrix(ROWS, 64, BF16, gradient), _matrix(512, 64, BF16, gradient)
+    targets, options = torch.zeros(ROWS, dtype=torch.int64), {"form": form, "outputs": outputs}
+    options["bias"] = torch.zeros(512, dtype=BF16, requires_grad=gradient) if bias else None
     names = [name for name in outputs if name != "top1"]
-    loss, _ = fused(
-        hidden, weight, torch.zeros(ROWS, dtype=torch.int64),
-        lambda stats, span: sum(getattr(stats, name).sum() for name in names), outputs=outputs,
-    )  # fmt: skip
-    loss.backward()
+    if gradient:
+        total = lambda found, span: sum(getattr(found, name).sum() for name in names)  # noqa: E731
+        fused(hidden, weight, targets, total, **options)[0].backward()
+    else:
+        stats(hidden, weight, targets, **options)
     del os.environ["FASTALIGN_HEAD"]
 
 
-case("offset-gradient logp")(lambda: _offset_gradients(("logp",)))
-case("offset-gradient all")(lambda: _offset_gradients(ALL))
+_OPTIONS = {
+    "": (LogitForm(), False),
+    " soft-cap": (_FORMS[" soft-cap"], False),
+    " scale, soft-cap, temperatures, bias": (LogitForm(0.5, 30.0, torch.ones(ROWS)), True),
+}
+for _option, (_form, _bias) in _OPTIONS.items():
+    for _name, _outputs in {"logp": ("logp",), "all": ALL}.items():
+        case(f"offset-gradient {_name}{_option}")(lambda o=_outputs, f=_form, b=_bias: _offset_head(o, f, b))
+case("offset-gradient logp bias")(lambda: _offset_head(("logp",), LogitForm(), True))
+case("offset-gradient all temperatures")(lambda: _offset_head(ALL, LogitForm(temperature=torch.ones(ROWS)), False))
+case("offset-gradient forward only")(lambda: _offset_head(ALL, *_OPTIONS[_option], gradient=False))
 
 
 def _divergence(kind: str, dtype: torch.dtype) -> None:

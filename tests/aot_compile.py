@@ -3,9 +3,9 @@
     FASTALIGN_KERNELS=triton TRITON_INTERPRET=0 python tests/aot_compile.py --arch 90 --output facts.json
 
 A stand-in for the driver lets library code on CPU tensors launch its kernels as on a card: each launch is specialised
-from its real arguments and compiled, and nothing runs (outputs keep what the memory held). Read from the binary with
-the cuobjdump of the Triton wheel: registers, stack, shared memory and the instructions that matter. A kernel that
-spills has local loads and stores (LDL, STL).
+from its real arguments and compiled, and nothing runs (outputs keep what the memory held). Registers, stack and shared
+memory are read from the binary, with the cuobjdump of the Triton wheel: what spills has a stack. The instructions that
+matter are counted in the PTX, as disassembling every binary takes longer than compiling it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -28,19 +29,18 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 CUOBJDUMP = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-INSTRUCTIONS = {
-    "wgmma": r"\bHGMMA\b",
-    "tcgen05": r"\bUTC\w*MMA\b",
-    "mma": r"\bHMMA\b",
-    "tma_load": r"\bUTMALDG\b",
-    "tma_store": r"\bUTMASTG\b",
-    "spill_load": r"\bLDL\b",
-    "spill_store": r"\bSTL\b",
-    "load": r"\bLDG\b",
-    "load_128": r"\bLDG\.E[\w.]*\.128\b",
-    "store": r"\bSTG\b",
-    "store_128": r"\bSTG\.E[\w.]*\.128\b",
-    "atomic": r"\b(?:ATOMG?|REDG?)\b",
+INSTRUCTIONS = {  # of PTX
+    "wgmma": r"\bwgmma\.mma_async",
+    "tcgen05": r"\btcgen05\.mma",
+    "mma": r"\bmma\.sync",
+    "tma_load": r"\bcp\.async\.bulk\.tensor\.\w+\.shared",
+    "tma_store": r"\bcp\.async\.bulk\.tensor\.\w+\.global",
+    "load": r"\bld\.global",
+    "load_128": r"\bld\.global[\w.:]*\.v4\.b32",
+    "store": r"\bst\.global",
+    "store_128": r"\bst\.global[\w.:]*\.v4\.b32",
+    "fp64": r"\.f64\b",
+    "atomic": r"\b(?:atom|red)\.",
 }
 
 
@@ -104,25 +104,23 @@ class _Device:
         return torch.device("cpu")
 
 
-def _dump(option: str, path: pathlib.Path) -> str:
-    return subprocess.run([str(CUOBJDUMP), option, str(path)], capture_output=True, text=True, check=True).stdout
-
-
+@functools.cache
 def _read(compiled, name: str) -> Binary:
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder, "kernel.cubin")
         path.write_bytes(compiled.asm["cubin"])
-        usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", _dump("-res-usage", path))
-        assembly = _dump("-sass", path)
-    assert usage is not None, "cuobjdump shows no resource usage"
-    registers, stack, static = map(int, usage.groups())
-    counts = {key: len(re.findall(pattern, assembly)) for key, pattern in INSTRUCTIONS.items()}
+        command = [str(CUOBJDUMP), "-res-usage", str(path)]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+    assert found is not None, f"cuobjdump shows no resource usage: {usage}"
+    registers, stack, static, local = map(int, found.groups())
+    counts = {key: len(re.findall(pattern, compiled.asm["ptx"])) for key, pattern in INSTRUCTIONS.items()}
     return Binary(
         kernel=name,
         warps=compiled.metadata.num_warps,
         stages=compiled.metadata.num_stages,
         registers=registers,
-        stack=stack,
+        stack=stack + local,
         shared=compiled.metadata.shared + max(0, static - 1024),  # the system's own 1 KiB is counted by cuobjdump
         instructions={key: count for key, count in counts.items() if count},
     )

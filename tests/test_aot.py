@@ -58,7 +58,8 @@ def test_kernels_compile_without_spills(arch, tmp_path):
     for name, found in facts["cases"].items():
         for binary in found["binaries"]:
             label, instructions = f"sm_{arch}, {name}: {binary}", binary["instructions"]
-            assert binary["stack"] == 0 and "spill_load" not in instructions, label
+            assert binary["stack"] == 0, label
+            assert "fp64" not in instructions, label  # a Python number outside of fp32's range makes them
             assert binary["shared"] <= SHARED_MEMORY[arch], label
             if binary["kernel"] == "score_product_kernel" and name.startswith(("offset ", "offset-gradient ")):
                 meant = {80: {"mma"}, 90: {"wgmma", "tma_load"}, 100: {"tcgen05", "tma_load"}}[arch]
