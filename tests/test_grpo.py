@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pandas
 import pytest
@@ -23,7 +24,7 @@ from fastalign.rollout.loader import BatchPlan, prompt_order
 from fastalign.rollout.rewards import RewardError
 
 TIMED = ("runtime", "per_second", "step_time", "total_flos")
-SAMPLED = {"fixed": False, "max_completion_length": 6, "max_steps": 4}
+SAMPLED: dict[str, Any] = {"fixed": False, "max_completion_length": 6, "max_steps": 4}
 
 
 def history(trainer, keys: tuple[str, ...] = ()) -> list[dict]:
@@ -45,7 +46,12 @@ def assert_same(ours: list[dict], theirs: list[dict], rel: float = 2e-5) -> None
         assert mine == pytest.approx(other, rel=rel, abs=2e-7)
 
 
-OFF = {"steps_per_generation": 4, "per_device_train_batch_size": 2, "num_iterations": 2, "max_steps": 4}
+OFF: dict[str, Any] = {
+    "steps_per_generation": 4,
+    "per_device_train_batch_size": 2,
+    "num_iterations": 2,
+    "max_steps": 4,
+}
 
 
 # Cuts
@@ -127,7 +133,7 @@ def test_sampled_log_probabilities_stand_for_old_ones(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("step", [1, 2, 3])
 def test_a_run_resumed_within_a_generation_goes_on_as_if_it_had_not_stopped(step, tmp_path):
-    config = SAMPLED | OFF | {"max_steps": 6, "save_strategy": "steps", "save_steps": 1, "beta": 0.1}
+    config: dict[str, Any] = SAMPLED | OFF | {"max_steps": 6, "save_strategy": "steps", "save_steps": 1, "beta": 0.1}
     config |= {"gradient_accumulation_steps": 3, "use_adaptive_entropy": True, "entropy_target": 6.0}
     whole = grpo_trainer(tmp_path / "whole", **config)
     expected = history(whole)
@@ -183,7 +189,7 @@ def test_two_ranks_do_what_one_process_does(tmp_path):
 
 
 def test_failing_rewards_are_counted_and_lose_their_rows_alone(tmp_path):
-    data = prompts()
+    data: Any = prompts()
     first = data[int(prompt_order(len(data), 42, 0)[0])]["prompt"]
 
     def breaks(prompts, completion_ids, **kwargs):
@@ -325,7 +331,7 @@ def test_the_command_trains_and_names_unknown_rewards(tmp_path, monkeypatch, cap
 @pytest.mark.parametrize("loss", ["gmpo", "dppo"])
 def test_losses_beyond_trl_keep_the_policy_near_the_old_one(loss, tmp_path):
     """Their formulas are tested with the kernels; here a clip that allows nothing stops all but the first update."""
-    config = SAMPLED | OFF | {"loss_type": loss, "epsilon": 1e-9, "learning_rate": 1e-2, "beta": 0.0}
+    config: dict[str, Any] = SAMPLED | OFF | {"loss_type": loss, "epsilon": 1e-9, "learning_rate": 1e-2, "beta": 0.0}
     lines = history(grpo_trainer(tmp_path, **config), ("grad_norm", "clip_ratio/region_mean"))
     assert lines[0]["grad_norm"] > 0.05
     assert any(line["clip_ratio/region_mean"] > 0.1 for line in lines[1:])
@@ -342,7 +348,7 @@ def test_a_part_of_the_vocabulary_is_corrected_for(tmp_path, caplog):
 
 # Errors
 
-BAD = {
+BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no prompt": ({"data": Dataset.from_list([{"question": "a"}] * 8)}, "no `prompt`"),
     "few prompts": ({"data": prompts(1)}, "fewer than the 2"),
     "no rewards": ({"rewards": []}, "`reward_funcs` is empty"),
@@ -400,7 +406,7 @@ def test_a_dataset_of_other_columns_reaches_the_rewards_unless_dropped(tmp_path)
 
 
 def test_conversations_are_scored_as_messages(tmp_path):
-    rows = [{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in prompts()]
+    rows: list[dict[str, Any]] = [{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in prompts()]
 
     def watch(prompts, completions, **kwargs):
         assert all(
@@ -409,5 +415,5 @@ def test_conversations_are_scored_as_messages(tmp_path):
         return [float(len(c[0]["content"])) for c in completions]
 
     lines = history(grpo_trainer(tmp_path, rewards=watch, data=Dataset.from_list(rows), **SAMPLED))
-    rendered = tiny_tokenizer().apply_chat_template(rows[0]["prompt"], add_generation_prompt=True)
+    rendered: Any = tiny_tokenizer().apply_chat_template(rows[0]["prompt"], add_generation_prompt=True)
     assert lines[0]["num_tokens"] > 8 * (len(rendered["input_ids"]) - 3)
