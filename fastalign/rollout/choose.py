@@ -29,11 +29,12 @@ def make_engine(config: Any, model: Any, processing_class: Any, *, accelerator: 
             raise ValueError(f"`vllm_mode` is {config.vllm_mode!r}; allowed are 'colocate' and 'server'.")
         return Chosen(model, processing_class, config, sampling=sampling)
     autocast: Callable[[], Any] = accelerator.autocast
+    seed = config.seed + accelerator.process_index
     if continuous:
         from .continuous import ContinuousEngine
 
         options = config.transformers_continuous_batching_config
-        return ContinuousEngine(model, options=options, autocast=autocast, seed=config.seed)
+        return ContinuousEngine(model, options=options, autocast=autocast, seed=seed)
     from .native import NativeEngine
 
-    return NativeEngine(model, autocast=autocast, seed=config.seed)
+    return NativeEngine(model, autocast=autocast, seed=seed)
