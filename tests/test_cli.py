@@ -233,16 +233,21 @@ def test_launch_runs_the_command_again_once(monkeypatch, tmp_path):
     assert parsed.num_processes == 2 and parsed.config_file.endswith("fsdp2.yaml") and not launch.was_launched()
 
 
+ANY_PORT = ["--main_process_port", "0"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "added"),
     [
-        (["--num_processes=2"], ["--multi_gpu"]),
-        (["--num_processes", "1"], []),
-        (["--num_processes", "2", "--use_fsdp"], []),
-        (["--mixed_precision", "no"], []),
+        (["--num_processes=2"], ["--multi_gpu", *ANY_PORT]),
+        (["--num_processes", "1"], ANY_PORT),
+        (["--num_processes", "2", "--use_fsdp"], ANY_PORT),
+        (["--mixed_precision", "no", "--main_process_port", "29501"], []),
+        (["--num_machines", "2", "--use_fsdp"], []),
     ],
 )
-def test_processes_without_gpu_use_the_launcher_of_torch(tmp_path, arguments, added):
+def test_processes_without_gpu_use_the_launcher_of_torch_and_any_port(tmp_path, arguments, added):
+    """Runs that start at once must not ask for one port; several machines must agree on one."""
     assert launch.resolve_config(None, arguments, str(tmp_path)) == arguments + added
 
 

@@ -97,6 +97,7 @@ def config_file_of(name: str, folder: str) -> str:
     common = {
         "compute_environment": "LOCAL_MACHINE",
         "machine_rank": 0,
+        "main_process_port": 0,  # any that is free: another run may have accelerate's own, 29500
         "main_training_function": "main",
         "mixed_precision": "bf16" if torch.cuda.is_available() else "no",
         "num_machines": 1,
@@ -123,6 +124,8 @@ def resolve_config(config: str | None, launch_arguments: list[str], folder: str)
     kind = read.config_file or read.multi_gpu or read.use_fsdp or read.use_deepspeed or read.cpu or read.tpu
     if not kind and (read.num_processes or 1) > 1 and not _has_accelerator():
         resolved.append("--multi_gpu")
+    if read.main_process_port is None and not read.config_file and (read.num_machines or 1) == 1:
+        resolved += ["--main_process_port", "0"]
     return resolved
 
 
