@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
@@ -27,15 +26,16 @@ from .rollout.buffer import Buffer, Experience
 from .rollout.choose import make_engine
 from .rollout.completions_log import CompletionsLog
 from .rollout.function_rollouts import FunctionRollouts
-from .rollout.generation import GenerationBatch, ScoredRollouts, exchange
+from .rollout.generation import GenerationBatch, exchange, sample_share
 from .rollout.group_batches import GroupBatch
 from .rollout.loader import BatchPlan, EvaluationLoader, RolloutLoader, Step
+from .rollout.overlap import Ahead
 from .rollout.prompts import check_prompts, end_ids, training_prompts
 from .rollout.rewards import RewardPool
 from .rollout.samples import Sample
-from .rollout.setup import Sources, make_collator, make_rewards, make_rollouts
-from .rollout.statistics import UpdateStatistics
-from .rollout.update import attach, batches_of_step, run_pass
+from .rollout.setup import Sources, add_own_rewards, make_collator, make_rewards, make_rollouts
+from .rollout.statistics import UpdateStatistics, record_staleness
+from .rollout.update import attach, batches_of_step, remember, run_pass
 
 
 class SampledDataTrainer(Trainer):
@@ -103,10 +103,9 @@ class SampledDataTrainer(Trainer):
             self.reference = Reference.make(
                 self, ref_model, (), has_new_adapter=peft_config is not None, quantization_config=quantization_config
             )
-        if getattr(config, "disable_dropout", False):
-            disable_dropout(self.model)
-            if self.reference is not None and self.reference.model is not None:
-                disable_dropout(self.reference.model)
+        for one in (self.model, self.reference and self.reference.model):
+            if one is not None and getattr(config, "disable_dropout", False):
+                disable_dropout(one)
         self.model.add_model_tags(self._tag_names)
 
     def _make_parts(self, sources: Sources, reward_funcs, processing_classes) -> None:
@@ -123,17 +122,11 @@ class SampledDataTrainer(Trainer):
             )
         self.rollouts = make_rollouts(self, sources)
         self.rewards = self.make_rewards(reward_funcs, processing_classes)
-        for function in getattr(self.rollouts, "reward_funcs", ()):  # of environments that score themselves
-            self.rewards.add(function.__name__, function)
-        if not self.rewards.functions:
-            raise ValueError(
-                "`reward_funcs` is empty: give a function, a reward model, or a list of them, or an environment with "
-                "`get_reward`."
-            )
-        self.completions_log = None
-        if args.log_completions and self.is_world_process_zero():
-            self.completions_log = CompletionsLog(args)
+        add_own_rewards(self.rewards, self.rollouts)
+        shown = args.log_completions and self.is_world_process_zero()
+        self.completions_log = CompletionsLog(args) if shown else None
         self.train_loader: RolloutLoader | None = None
+        self.ahead: Ahead | None = None
         self._synced_step = -1
 
     # What algorithms override
@@ -195,15 +188,20 @@ class SampledDataTrainer(Trainer):
     def get_train_dataloader(self) -> Any:
         """Micro-batches of completions, sampled when they are asked for."""
         args, plan = self.args, self.batch_plan()
+        depth = getattr(args, "max_staleness", 0)
         self.train_loader = RolloutLoader(
             self.train_dataset,
             plan,
-            generate=lambda rows, number, left: self.generate(rows, plan, number, left=left),
+            generate=lambda rows, number, left, more: self.generate(rows, plan, number, left=left, following=more),
             cut=self.batches_of,
             current_step=lambda: self.state.global_step,
             shuffle=args.shuffle_dataset,
             seed=args.seed,
+            ahead=depth,
+            last_step=lambda: self.state.max_steps,
         )
+        if depth:
+            self.ahead = Ahead(self.engine, lambda *given: self._sample(plan, *given), depth, lambda: self.state)
         return self.train_loader
 
     def get_eval_dataloader(self, eval_dataset=None) -> Any:
@@ -215,9 +213,7 @@ class SampledDataTrainer(Trainer):
             raise ValueError("Evaluation needs an eval_dataset.")
         args = self.args
         args.check_eval_batch()
-        size = args.per_device_eval_batch_size * self.rows_of_one
-        groups_of = args.num_generations_eval or args.num_generations
-        plan = BatchPlan(size, 1, 1, 1, groups_of, rank=self.rank, world=self.world)
+        plan = BatchPlan.of_evaluation(args, self.rank, self.world, self.rows_of_one)
         return EvaluationLoader(
             dataset,
             plan,
@@ -230,31 +226,24 @@ class SampledDataTrainer(Trainer):
     # One generation batch
 
     def generate(
-        self, rows: list[dict], plan: BatchPlan, number: int, *, training: bool = True, left: int = 0
+        self, rows: list[dict], plan: BatchPlan, number: int, *, training: bool = True, left: int = 0, following=()
     ) -> Buffer:
         """This rank's part of generation batch `number`: sampled, scored, ready to be learned from.
 
-        `rows` are the prompts of all ranks; `left`: micro-batches that are learned from before the weights change.
+        `rows` are the prompts of all ranks, `left` the micro-batches that are learned from before the weights change,
+        `following` the (number, rows) of batches whose sampling may begin now.
         """
-        self._sync_engine()
-        entropy = (self.args.seed, int(training), number, self.rank)
-        seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
-        shares = plan.share(rows)
-        made = ScoredRollouts(
-            self.rollouts, self.rewards, [(rows[place], count) for place, count in shares], seed, self.state
-        )
-        if self.engine is not None:
-            self.engine.sleep()
-        groups = [number * len(rows) + place for place, count in shares for _ in range(count)]
+        if training and self.ahead is not None:
+            made, self._synced_step = self.ahead.take(number, rows, following), -1
+            record_staleness(self.metrics, made.samples, self.state.global_step)
+        else:
+            self._sync_engine()
+            made = self._sample(plan, rows, number, self.state, training)
+            if self.engine is not None:
+                self.engine.sleep()
         pad_id: Any = self.loaded.tokenizer.pad_token_id
         ends = {*self.end_ids, pad_id}
-        batch = GenerationBatch(made.samples, plan.num_generations, training, left)
-        batch.experiences = [
-            Experience.of(
-                one, group, learn=self.learns(one, not one.completion_ids or one.completion_ids[-1] not in ends)
-            )
-            for one, group in zip(made.samples, groups, strict=True)
-        ]
+        batch = GenerationBatch.of(made, plan.num_generations, ends, self.learns, training=training, left=left)
         self.score_ahead(batch)
         batch.scores = made.scores()
         exchange(
@@ -267,16 +256,18 @@ class SampledDataTrainer(Trainer):
                 self.completions_log.keep(rows)
         if self.has_tools:
             self.rollouts.release(made.samples)
-        size = plan.micro_size if training else max(len(batch.experiences), 1)
-        parts = [batch.experiences[i : i + size] for i in range(0, len(batch.experiences), size)]
-        return Buffer(parts, batch.num_items, self.state.global_step)
+        return batch.buffer(plan.micro_size if training else None, self.state.global_step)
+
+    def _sample(self, plan: BatchPlan, rows: list[dict], number: int, state: Any, training: bool = True):
+        return sample_share(self.rollouts, self.rewards, plan, rows, number, self.args.seed, training, state)
 
     def _sync_engine(self) -> None:
         """The engine samples from the weights as they are now."""
-        step = self.state.global_step
-        if self.engine is not None and self._synced_step != step:
-            self.engine.sync(step)
-            self._synced_step = step
+        if self.ahead is not None:
+            self.ahead.wait()
+        if self.engine is not None and self._synced_step != self.state.global_step:
+            self._synced_step = self.state.global_step
+            self.engine.sync(self._synced_step)
 
     def score_ahead(self, batch: GenerationBatch) -> None:
         """The forward passes that the loss needs of samples, while their rewards are computed."""
@@ -297,7 +288,7 @@ class SampledDataTrainer(Trainer):
         """Whether log-probabilities as sampled are those of the training model over the whole vocabulary."""
         given, s = isinstance(self.rollouts, FunctionRollouts), self.sampling
         plain = not (s.truncates or s.options or s.regex) and s.repetition_penalty == 1.0
-        return self.engine is not None and self.engine.exact and plain and not given
+        return self.engine is not None and self.engine.exact and plain and not given and self.ahead is None
 
     def run_pass(self, experiences: list[Experience], forward: Callable[[GroupBatch], Tensor]) -> list[Tensor]:
         """`forward(batch) -> (N,)` of all learned tokens, in batches of a token budget; (n,) for each experience."""
@@ -336,20 +327,12 @@ class SampledDataTrainer(Trainer):
 
     def statistics(self, batch: GroupBatch) -> UpdateStatistics:
         """What is added up over the step of `batch`, ready for its values; `record` it where `batch.is_last`."""
-        state = batch.step.state
-        found = state.get("statistics") or state.setdefault(
-            "statistics", UpdateStatistics(batch.step, self.args.device)
-        )
-        found.begin(batch)
-        return found
+        return UpdateStatistics.of_step(batch, self.args.device)
 
     def remember_old(self, batch: GroupBatch, logp: Tensor) -> None:
         """Keep the log-probabilities (N,) of the first update for the later ones of the same samples."""
-        if self.args.num_iterations == 1 or not batch.step.training:
-            return
-        counts = [one.num_learned for one in batch.experiences]
-        for one, part in zip(batch.experiences, logp.split(counts), strict=True):
-            one.tokens.setdefault("old_logp", part)
+        if self.args.num_iterations > 1 and batch.step.training:
+            remember("old_logp", batch.experiences, logp)
 
     def router_inputs(self) -> dict:
         """Arguments that make a mixture of experts return its balancing loss, where that is weighted."""
@@ -379,6 +362,14 @@ class SampledDataTrainer(Trainer):
 
     # Log and checkpoints
 
+    def train(self, *args, **kwargs):
+        """As the loop's; nothing is sampled any more when it returns or raises."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self.ahead is not None:
+                self.ahead.close()
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, and show completions."""
         super().log(logs, start_time)
@@ -388,10 +379,13 @@ class SampledDataTrainer(Trainer):
     def state_dict(self) -> dict:
         """The loop's, and the generation batch that is not used up."""
         buffer = None if self.train_loader is None else self.train_loader.buffer
-        return super().state_dict() | {"buffer": None if buffer is None else buffer.state_dict()}
+        own = {"buffer": buffer and buffer.state_dict(), "ahead": self.ahead and self.ahead.state_dict()}
+        return super().state_dict() | own
 
     def load_state_dict(self, state: dict) -> None:
         """Continue in the middle of a generation batch."""
         super().load_state_dict(state)
         if state.get("buffer") is not None and self.train_loader is not None:
             self.train_loader.buffer = Buffer.from_state(state["buffer"])
+        if self.ahead is not None:
+            self.ahead.load_state_dict(state.get("ahead") or {})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ..loop.distributed import is_fsdp
 from .engine import Engine, Sampling
 
 
@@ -13,6 +14,7 @@ def make_engine(config: Any, model: Any, processing_class: Any, *, accelerator: 
     batching (`use_transformers_continuous_batching`), else the training model itself.
 
     `model` is the training model without DDP's wrapper (PEFT's stays); `sampling` is what most requests will ask for.
+    With `max_staleness`, the training model is sampled from through a copy, and another thread can stop the engine.
     ValueError for a mode that does not exist, for two engines at once, and for what the engine finds wrong.
     """
     continuous = getattr(config, "use_transformers_continuous_batching", False)
@@ -20,6 +22,8 @@ def make_engine(config: Any, model: Any, processing_class: Any, *, accelerator: 
         raise ValueError(
             "`use_vllm` and `use_transformers_continuous_batching` are both set, but one engine samples. Unset one."
         )
+    if getattr(config, "max_staleness", 0):
+        return _engine_ahead(config, model, processing_class, accelerator, sampling)
     if config.use_vllm:
         if config.vllm_mode == "colocate":
             from .vllm_engine import VLLMEngine as Chosen  # pyright: ignore
@@ -38,3 +42,21 @@ def make_engine(config: Any, model: Any, processing_class: Any, *, accelerator: 
     from .native import NativeEngine
 
     return NativeEngine(model, autocast=autocast, seed=seed)
+
+
+def _engine_ahead(config: Any, model: Any, processing_class: Any, accelerator: Any, sampling: Sampling) -> Any:
+    """An engine that samples while the model trains: a server, or a copy of the model."""
+    from .overlap import StoppableEngine
+
+    if config.use_vllm:
+        from .vllm_server import VLLMServerEngine
+
+        return StoppableEngine(VLLMServerEngine(model, processing_class, config, sampling=sampling))
+    from .own_weights import OwnWeightsEngine
+
+    if is_fsdp(accelerator) or getattr(accelerator.state, "deepspeed_plugin", None) is not None:
+        raise ValueError(
+            f"`max_staleness` is {config.max_staleness}: the embedded engine copies whole weights, and these are "
+            "spread over ranks. Sample with a vLLM server, train with DDP, or set it to 0."
+        )
+    return StoppableEngine(OwnWeightsEngine(model, autocast=accelerator.autocast, seed=config.seed))

@@ -248,10 +248,14 @@ class CompletionLogArgs:
 
 @dataclass
 class CorrectionArgs:
-    """What makes up for an engine whose probabilities differ from the training model's."""
+    """What makes up for samples of other weights, or of an engine whose probabilities differ from the model's."""
+
+    max_staleness: int = arg(
+        0, "Generation batches that are sampled ahead, while another one is learned from; 0: one after the other."
+    )
 
     vllm_importance_sampling_correction: bool = arg(
-        True, "Weight tokens by how likely the training model finds what vLLM has sampled."
+        True, "Weight tokens by how likely the training model finds what vLLM, or older weights, have sampled."
     )
     vllm_importance_sampling_mode: str = arg(
         "sequence_mask",
@@ -265,9 +269,9 @@ class CorrectionArgs:
 
     @property
     def corrects(self) -> bool:
-        """Whether tokens are weighted by how the training model differs from the engine."""
+        """Whether tokens are weighted by how the training model differs from what has sampled them."""
         config: Any = self
-        return config.use_vllm and self.vllm_importance_sampling_correction
+        return bool(config.use_vllm or self.max_staleness) and self.vllm_importance_sampling_correction
 
     @property
     def correction(self) -> dict[str, Any]:
@@ -279,6 +283,7 @@ class CorrectionArgs:
 
     def check_correction_args(self) -> None:
         """Read the deprecated name; ValueError for bounds that make no sense."""
+        self._check_staleness()
         one_of(self, "vllm_importance_sampling_mode", CORRECTION_MODES)
         if self.vllm_importance_sampling_cap is not None:
             deprecated("`vllm_importance_sampling_cap` is deprecated; use `vllm_importance_sampling_clip_max`.")
@@ -294,4 +299,27 @@ class CorrectionArgs:
             raise ValueError(
                 f"`vllm_importance_sampling_mode={self.vllm_importance_sampling_mode!r}` needs "
                 "`vllm_importance_sampling_clip_min` or `vllm_importance_sampling_clip_max`."
+            )
+
+    def _check_staleness(self) -> None:
+        config: Any = self
+        found = f"`max_staleness` is {self.max_staleness}"
+        if self.max_staleness < 0:
+            raise ValueError(f"{found}; it must be at least 0.")
+        if not self.max_staleness:
+            return
+        if not self.vllm_importance_sampling_correction:
+            raise ValueError(
+                f"{found}, and `vllm_importance_sampling_correction` False: samples of older weights need it. Set it "
+                "to True."
+            )
+        if config.use_transformers_continuous_batching or (config.use_vllm and config.vllm_mode == "colocate"):
+            raise ValueError(
+                f"{found}: vLLM in this process and Transformers' continuous batching change the state of the whole "
+                "process while they sample, so that nothing can train meanwhile. Use a vLLM server "
+                "(`vllm_mode='server'`) or the embedded engine, or set `max_staleness=0`."
+            )
+        if config.use_vllm and self.max_staleness > 1:
+            raise ValueError(
+                f"{found}: a vLLM server has one set of weights, so that one batch can be sampled ahead. Set it to 1."
             )

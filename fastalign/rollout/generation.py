@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,7 +13,8 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from ..metrics import Metrics
-from .buffer import Experience
+from .buffer import Buffer, Experience
+from .loader import BatchPlan
 from .rewards import PendingScores, RewardPool, Scores, join_scores
 from .samples import Sample
 from .statistics import record_rewards, record_samples, sample_facts
@@ -34,11 +35,28 @@ class GenerationBatch:
     own: slice = field(default_factory=lambda: slice(0, 0))  # of this rank in N
     num_items: float = 1.0  # learned tokens of all ranks, by the number of ranks
 
+    @classmethod
+    def of(
+        cls, made: Any, num_generations: int, end_ids: set[int], learns: Callable[[Sample, bool], bool], **known: Any
+    ) -> GenerationBatch:
+        """The batch of `ScoredRollouts`; `learns(sample, whether it is cut)` says which have a loss."""
+        batch = cls(made.samples, num_generations, **known)
+        for sample, group in zip(made.samples, made.groups, strict=True):
+            cut = not sample.completion_ids or sample.completion_ids[-1] not in end_ids
+            batch.experiences.append(Experience.of(sample, group, learn=learns(sample, cut)))
+        return batch
+
     def set_advantages(self, advantages: Tensor) -> None:
         """(N,) advantages of all ranks' samples, to be learned from."""
         self.advantages = advantages
         for one, advantage in zip(self.experiences, advantages[self.own].tolist(), strict=True):
             one.advantage = advantage
+
+    def buffer(self, size: int | None, step: int) -> Buffer:
+        """What is learned from after `step` optimizer steps, in micro-batches of `size` completions (None: in one)."""
+        size = size or max(len(self.experiences), 1)
+        parts = [self.experiences[i : i + size] for i in range(0, len(self.experiences), size)]
+        return Buffer(parts, self.num_items, step)
 
     def shown(self) -> list[dict[str, Any]]:
         """Rows of the completions log of this rank's samples."""
@@ -79,6 +97,7 @@ class ScoredRollouts:
         if waiting or not self.pending:
             submit()
         self.samples = [sample for group in found for sample in group]
+        self.groups: list[int] = []  # number of the prompt of each sample, in the run
 
     def scores(self) -> Scores:
         """The scores, in the order of `samples`, once all are there."""
@@ -86,6 +105,28 @@ class ScoredRollouts:
         back = torch.tensor(self.order, dtype=torch.int64).argsort()
         columns = {name: [values[i] for i in back.tolist()] for name, values in scores.columns.items()}
         return replace(scores, rewards=scores.rewards[back], lost=scores.lost[back], columns=columns)
+
+
+def sample_share(
+    rollouts: Any,
+    rewards: RewardPool,
+    plan: BatchPlan,
+    rows: list[dict],
+    number: int,
+    seed: int,
+    training: bool,
+    state: Any,
+) -> ScoredRollouts:
+    """This rank's samples of generation batch `number`, whose rewards are on their way; `rows` are all ranks' prompts.
+
+    Same weights, rows, number and `seed` give the same samples.
+    """
+    entropy = (seed, int(training), number, plan.rank)
+    own_seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
+    shares = plan.share(rows)
+    made = ScoredRollouts(rollouts, rewards, [(rows[place], count) for place, count in shares], own_seed, state)
+    made.groups = [number * len(rows) + place for place, count in shares for _ in range(count)]
+    return made
 
 
 def exchange(

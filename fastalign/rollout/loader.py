@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,8 @@ from transformers.trainer_utils import has_length
 
 from .buffer import Buffer, Experience
 from .group_batches import GroupBatch
+
+Numbered = list[tuple[int, list[dict]]]  # generation batches: their numbers and prompts
 
 
 @dataclass
@@ -62,6 +64,12 @@ class BatchPlan:
             world=world,
         )
 
+    @classmethod
+    def of_evaluation(cls, args: Any, rank: int, world: int, rows_of_one: int = 1) -> BatchPlan:
+        """One micro-batch for each generation."""
+        size, groups_of = args.per_device_eval_batch_size * rows_of_one, args.num_generations_eval
+        return cls(size, 1, 1, 1, groups_of or args.num_generations, rank=rank, world=world)
+
     @property
     def num_prompts(self) -> int:
         """Prompts of a generation batch over all ranks."""
@@ -81,9 +89,10 @@ class BatchPlan:
 class RolloutLoader:
     """Iterates over the micro-batches of an epoch; the loop takes it as loader and as batch sampler.
 
-    `generate(rows, number, left) -> Buffer` makes the part of this rank of generation batch `number` from the prompts
-    of all ranks, `left` of whose micro-batches at most belong to the present optimizer step; `cut(step) ->
-    list[GroupBatch]` makes the batches of an optimizer step. `current_step()` counts optimizer steps. An epoch takes
+    `generate(rows, number, left, following) -> Buffer` makes the part of this rank of generation batch `number` from
+    the prompts of all ranks, `left` of whose micro-batches at most belong to the present optimizer step; `following`
+    are (number, rows) of the `ahead` batches after it, as far as steps are left. `cut(step) -> list[GroupBatch]`
+    makes the batches of an optimizer step. `current_step()` counts optimizer steps. An epoch takes
     the prompts in the order that TRL takes them for the same seed, and leaves out those that do not fill a generation
     batch.
     """
@@ -93,13 +102,16 @@ class RolloutLoader:
         dataset: Any,
         plan: BatchPlan,
         *,
-        generate: Callable[[list[dict], int, int], Buffer],
+        generate: Callable[[list[dict], int, int, Numbered], Buffer],
         cut: Callable[[Step], list[GroupBatch]],
         current_step: Callable[[], int],
         shuffle: bool,
         seed: int,
+        ahead: int = 0,
+        last_step: Callable[[], int] = lambda: 0,
     ):
         self.dataset, self.plan = dataset, plan
+        self.ahead, self.last_step = ahead, last_step
         self.generate, self.cut, self.current_step = generate, cut, current_step
         self.shuffle, self.seed = shuffle, seed
         self.epoch = self.skip_steps = 0
@@ -161,13 +173,21 @@ class RolloutLoader:
     def _generations(self, first: int) -> Iterator[tuple[Buffer, float]]:
         """(buffer, seconds that it took) of each generation batch of the epoch from number `first` on."""
         per_epoch = len(self) // self.uses if has_length(self.dataset) else 0
-        for number, rows in enumerate(self._prompts(first), first):
+        known: deque[tuple[int, list[dict]]] = deque()
+        coming = enumerate(self._prompts(first), self.epoch * per_epoch + first)
+        while True:
+            known.extend(islice(coming, self.ahead + 1 - len(known)))
+            if not known or (per_epoch and known[0][0] >= (self.epoch + 1) * per_epoch):
+                return
+            number, rows = known.popleft()
             start = time.perf_counter()
-            buffer = self.generate(rows, self.epoch * per_epoch + number, self.left)
+            steps = self.last_step() - self.current_step() - 1  # after the present one
+            more = -(-(self.left + steps * self.plan.accumulation) // self.uses) - 1
+            buffer = self.generate(rows, number, self.left, [*islice(known, max(more, 0))])
             yield buffer, time.perf_counter() - start
 
     def _prompts(self, first: int) -> Iterator[list[dict]]:
-        """Rows of each generation batch from number `first` on."""
+        """Rows of each generation batch from number `first` of the epoch on, and of later epochs of a dataset."""
         size = self.plan.num_prompts
         if not has_length(self.dataset):
             stream = self.dataset.shuffle(seed=self.seed) if self.shuffle else self.dataset
@@ -176,9 +196,11 @@ class RolloutLoader:
                 yield chunk
             return
         dataset: Any = self.dataset
-        order = prompt_order(len(dataset), self.seed, self.epoch) if self.shuffle else np.arange(len(dataset))
-        for start in range(first * size, len(order) - size + 1, size):
-            yield [dataset[int(i)] for i in order[start : start + size]]
+        for epoch in count(self.epoch) if len(dataset) >= size else ():
+            order = prompt_order(len(dataset), self.seed, epoch) if self.shuffle else np.arange(len(dataset))
+            for start in range(first * size, len(order) - size + 1, size):
+                yield [dataset[int(i)] for i in order[start : start + size]]
+            first = 0
 
 
 class EvaluationLoader:

@@ -305,11 +305,12 @@ class AsyncLoop:
         self._tasks: dict[Job, asyncio.Task] = {}  # kept here, because a loop holds its tasks weakly
 
     def submit(self, job: Job) -> None:
-        if self._loop is None:
-            self._loop = asyncio.new_event_loop()
-            threading.Thread(target=_run_loop, args=(self._loop,), name="reward-loop", daemon=True).start()
-        job.started = time.monotonic()
-        self._loop.call_soon_threadsafe(self._start, self._loop, job)
+        with self._changed:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                threading.Thread(target=_run_loop, args=(self._loop,), name="reward-loop", daemon=True).start()
+            job.started = time.monotonic()
+            self._loop.call_soon_threadsafe(self._start, self._loop, job)
 
     def wait(self, job: Job) -> None:
         """Return once `job` is done or its time is over; a loop that is blocked is left behind with all its calls."""

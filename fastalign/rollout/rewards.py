@@ -149,7 +149,8 @@ class RewardPool:
 
     def score_with_models(self) -> None:
         """Run the reward models on all that was submitted since they ran last."""
-        waiting, self._unscored = self._unscored, []
+        waiting = [*self._unscored]
+        del self._unscored[: len(waiting)]  # another thread may submit meanwhile
         samples = [sample for pending in waiting for sample in pending.samples]
         if not samples:
             return

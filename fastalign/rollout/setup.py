@@ -54,6 +54,11 @@ def make_rollouts(trainer: Any, sources: Sources) -> Any:
     if sources.rollout_func is not None:
         if sources.has_tools:
             raise ValueError("`rollout_func` makes whole rollouts: leave out `tools` and `environment_factory`.")
+        if getattr(args, "max_staleness", 0):
+            raise ValueError(
+                f"`max_staleness` is {args.max_staleness}, but `rollout_func` may sample from the weights that are "
+                "being trained: set it to 0."
+            )
         return FunctionRollouts(
             sources.rollout_func, trainer, trainer.processing_class, trainer.end_ids, chat_template_kwargs=template
         )
@@ -82,3 +87,14 @@ def make_rewards(args: Any, reward_funcs: Any, processing_classes: Any) -> Rewar
         chat_template_kwargs=args.chat_template_kwargs,
         model_init_kwargs=args.model_init_kwargs,
     )
+
+
+def add_own_rewards(pool: RewardPool, rollouts: Any) -> None:
+    """The rewards that environments give themselves into `pool`. ValueError where it is empty then."""
+    for function in getattr(rollouts, "reward_funcs", ()):
+        pool.add(function.__name__, function)
+    if not pool.functions:
+        raise ValueError(
+            "`reward_funcs` is empty: give a function, a reward model, or a list of them, or an environment with "
+            "`get_reward`."
+        )

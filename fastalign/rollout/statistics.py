@@ -42,6 +42,11 @@ def record_samples(metrics: Metrics, facts: dict[str, np.ndarray], with_tools: b
         metrics.mean("tools/failure_frequency", int(facts["failures"].sum()) / calls if calls else 0.0)
 
 
+def record_staleness(metrics: Metrics, samples: list[Sample], step: int) -> None:
+    """sampling/staleness: optimizer steps from the weights that sampled to `step`, where samples are first used."""
+    metrics.mean("sampling/staleness", sum(step - one.version for one in samples), len(samples))
+
+
 def record_rewards(metrics: Metrics, names: list[str], rewards: Tensor, weights: Tensor) -> None:
     """rewards/<function>/mean and std, reward, reward_std, of rewards (N, K) over all ranks; NaN takes no part."""
     weighted = (rewards * weights).nansum(1).masked_fill(rewards.isnan().all(1), torch.nan)
@@ -74,6 +79,14 @@ class UpdateStatistics:
         self.counts: dict[str, list[int]] = {}
         self.skipping: set[str] = set()  # names of which micro-batches without values do not count
         self.extremes: dict[str, tuple[Tensor, bool]] = {}
+
+    @classmethod
+    def of_step(cls, batch: GroupBatch, device: torch.device) -> UpdateStatistics:
+        """Those of the step of `batch`, which the next values belong to."""
+        state = batch.step.state
+        found = state.get("statistics") or state.setdefault("statistics", cls(batch.step, device))
+        found.begin(batch)
+        return found
 
     def begin(self, batch: GroupBatch) -> None:
         """The batch that the next values belong to."""

@@ -128,3 +128,9 @@ def attach(name: str, experiences: Sequence[Experience], values: Sequence[Tensor
     """Keep (n,) values of the learned tokens of each experience as `tokens[name]`."""
     for one, value in zip(experiences, values, strict=True):
         one.tokens[name] = value
+
+
+def remember(name: str, experiences: Sequence[Experience], values: Tensor) -> None:
+    """`attach` of the values (N,) of all learned tokens, where there are none yet."""
+    for one, value in zip(experiences, values.split([one.num_learned for one in experiences]), strict=True):
+        one.tokens.setdefault(name, value)
