@@ -29,24 +29,26 @@ def prompts(num=3, generations=4, length=40):
     return [Request((p, g), rows[p], SAMPLING, seed=100 * p + g) for p in range(num) for g in range(generations)]
 
 
-def model_logps(model, prompt, ids, temperature=1.0):
-    """Log-probabilities of `ids` behind `prompt`, by the training model's own forward pass."""
+def model_logps(model, rows, temperature=1.0):
+    """Log-probabilities of the ids behind each prompt, [(prompt, ids)], by the training model's own forward pass."""
+    length = max(len(prompt) + len(ids) for prompt, ids in rows)
+    batch = torch.tensor([prompt + ids + [0] * (length - len(prompt) - len(ids)) for prompt, ids in rows])
     with torch.no_grad():
-        logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].float() / temperature
-    return logits.log_softmax(-1).gather(-1, torch.tensor(ids)[:, None])[:, 0]
+        logps = (model(batch).logits[:, :-1].float() / temperature).log_softmax(-1)
+    logps = logps.gather(-1, batch[:, 1:, None])[..., 0]
+    return [row[len(prompt) - 1 :][: len(ids)] for row, (prompt, ids) in zip(logps, rows, strict=True)]
 
 
 def worst(engine, model, requests=None):
     """Largest difference between log-probabilities as sampled and the model's, over all tokens."""
     requests = requests or prompts()
-    by_key = {c.key: c for c in generate(engine, requests)}
-    assert by_key.keys() == {r.key for r in requests}
-    found = [
-        (model_logps(model, r.prompt_ids, by_key[r.key].ids, r.sampling.temperature) - torch.tensor(c.logps)).abs()
-        for r in requests
-        if (c := by_key[r.key])
-    ]
-    return torch.cat(found).max().item()
+    done = {c.key: c for c in generate(engine, requests)}
+    assert done.keys() == {r.key for r in requests}
+    rows = [(r.prompt_ids, done[r.key].ids) for r in requests]
+    known = model_logps(model, rows, requests[0].sampling.temperature)
+    return max(
+        (logps - torch.tensor(done[r.key].logps)).abs().max().item() for logps, r in zip(known, requests, strict=True)
+    )
 
 
 def learn(model, lr=1e-2):
@@ -168,13 +170,15 @@ def test_weights_change_while_requests_are_under_way(engine):
     done = {}
     while engine.pending:
         done |= {c.key: c for c in engine.step()}
-    new_logps = {key: model_logps(model, [5] * 40, c.ids) for key, c in done.items()}
+    rows = [([5] * 40, c.ids) for c in done.values()]
+    new_logps = dict(zip(done, model_logps(model, rows), strict=True))
     now = {name: p.detach().clone() for name, p in model.named_parameters()}
     put(model, old)
+    old_logps = dict(zip(done, model_logps(model, rows), strict=True))
     for key, completion in done.items():
         sampled = torch.tensor(completion.logps)
         from_new = (sampled - new_logps[key]).abs() < FP32
-        from_old = (sampled - model_logps(model, [5] * 40, completion.ids)).abs() < FP32
+        from_old = (sampled - old_logps[key]).abs() < FP32
         before = 0 if key == "late" else int(from_old.int().cumprod(0).sum())
         assert from_new[before:].all() and (before >= 6 or key == "late")
         assert (completion.version, completion.newest_version) == ((7, 7) if key == "late" else (3, 7))

@@ -17,6 +17,7 @@ from ..adapters import is_peft_model
 from . import vllm_loading
 from .engine import Completion, Request, Sampling, SyncReport
 from .vllm_adapter import AdapterFiles, engine_options, why_merged
+from .vllm_parallel import TensorParallel
 from .vllm_process import OwnClasses, surroundings
 from .vllm_sleep import Sleep
 from .weights import TrainingWeights, WeightPath
@@ -32,14 +33,16 @@ INSTALL = (
 @dataclass
 class _Pending:
     key: Any
+    is_own: bool  # not of another process of the same engine
     version: int | None = None  # of the weights that gave its first token, once it is known
 
 
 class VLLMEngine:
     """Samples with vLLM in this process; weights are shared with the training model where that is possible.
 
-    `config` gives `vllm_gpu_memory_utilization`, `vllm_max_model_length`, `vllm_enable_sleep_mode`,
-    `vllm_model_impl`. ImportError where vLLM is missing, ValueError where it refuses the model or a setting.
+    `config` gives `vllm_gpu_memory_utilization`, `vllm_max_model_length`, `vllm_tensor_parallel_size`,
+    `vllm_enable_sleep_mode`, `vllm_model_impl`. Each training process has an engine of its own, or with tensor
+    parallelism a part of one. ImportError where vLLM is missing, ValueError where it refuses the model or a setting.
     """
 
     name = "vllm"
@@ -50,11 +53,13 @@ class VLLMEngine:
         self._pending: dict[str, _Pending] = {}
         self._ids = itertools.count()
         self._surroundings = surroundings()
+        self._parallel = TensorParallel(getattr(config, "vllm_tensor_parallel_size", 1))
         merged = why_merged(model)
         self._adapter = AdapterFiles(model) if is_peft_model(model) and not merged else None
         self._path = WeightPath(TrainingWeights(model, merged=bool(merged)), reason=merged)
         self._folder = tempfile.TemporaryDirectory(prefix="fastalign_vllm_")
         dtype = engine_dtype(model, config)
+        self._surroundings.environment |= self._parallel.environment()
         with self._surroundings.building():
             self._engine = self._build(processing_class, config, dtype, sampling)
         self._sleep = Sleep(self._engine, bool(getattr(config, "vllm_enable_sleep_mode", False)) and not self._on_cpu)
@@ -79,6 +84,7 @@ class VLLMEngine:
         source = self._path.source
         vllm_loading.import_model_class(vllm_loading.write_config(source.base, self._folder.name))
         options = vllm_loading.options(source.base.config, config, dtype)
+        options |= self._parallel.options() | {"seed": options["seed"] + self._parallel.index}
         if self._adapter is not None:
             options |= engine_options(self._adapter.model)
         if needs_tokenizer(config, sampling):
@@ -86,12 +92,15 @@ class VLLMEngine:
             options["skip_tokenizer_init"] = False
         classes = OwnClasses(source.base)
         with vllm_loading.weights_from(self._path.load), vllm_loading.plain_layout():
-            engine = LLMEngine.from_engine_args(EngineArgs(model=self._folder.name, **options))
+            settings = EngineArgs(model=self._folder.name, **options).create_engine_config()
+            if torch.cuda.is_available():  # training's own
+                settings.device_config.device = torch.device("cuda", torch.cuda.current_device())
+            engine = LLMEngine.from_vllm_config(settings, disable_log_stats=True)
         runner = engine.model_executor.driver_worker.worker.model_runner
         self._on_cpu = torch.device(runner.device).type == "cpu"
         self._max_length = engine.model_config.max_model_len
         classes.give_back(runner.get_model())
-        self._path.settle(runner.get_model())
+        self._path.settle(runner.get_model(), self._parallel.size)
         return engine
 
     @property
@@ -112,13 +121,14 @@ class VLLMEngine:
         for request in requests:
             self._check(request)
         adapter = None if self._adapter is None else self._adapter.request()
+        joined = self._parallel.join(requests)
         with self._surroundings.inside():
-            for request in requests:
+            for is_own, request in joined:
                 name = str(next(self._ids))
                 prompt = {"prompt_token_ids": list(request.prompt_ids)}
                 params = sampling_params(request.sampling, request.seed)
                 self._engine.add_request(name, prompt, params, lora_request=adapter)
-                self._pending[name] = _Pending(request.key)
+                self._pending[name] = _Pending(request.key, is_own)
 
     def _check(self, request: Request) -> None:
         length = len(request.prompt_ids)
@@ -143,10 +153,12 @@ class VLLMEngine:
         with self._surroundings.inside():
             self._sleep.wake()
             outputs = self._engine.step()
-        return [self._completion(output) for output in outputs if output.finished]
+            while self._parallel.size > 1 and self._engine.has_unfinished_requests():
+                outputs += self._engine.step()
+        done = [(self._pending.pop(output.request_id), output) for output in outputs if output.finished]
+        return [self._completion(pending, output) for pending, output in done if pending.is_own]
 
-    def _completion(self, output: Any) -> Completion:
-        pending = self._pending.pop(output.request_id)
+    def _completion(self, pending: _Pending, output: Any) -> Completion:
         result = output.outputs[0]
         if result.finish_reason not in ("stop", "length"):
             raise RuntimeError(f"vLLM ended request {pending.key!r} with {result.finish_reason!r}.")

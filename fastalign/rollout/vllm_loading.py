@@ -97,7 +97,6 @@ def options(model_config: Any, config: Any, dtype: torch.dtype) -> dict[str, Any
         "model_impl": getattr(config, "vllm_model_impl", "vllm"),
         "logprobs_mode": "processed_logprobs",  # of the distribution that was sampled from
         "seed": getattr(config, "seed", 0) or 0,
-        "disable_log_stats": True,
         "enable_prefix_caching": True,
     }
     if on_cpu:

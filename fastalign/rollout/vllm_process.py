@@ -34,10 +34,11 @@ _original: dict[tuple[Any, str], Any] = {}  # as they were before vLLM was impor
 class Surroundings:
     """Two states of one process, of which one is in place: training's, and inside `with inside()` that of an engine.
 
-    They differ in environment variables, random generators, the default process group of torch.distributed (so that
+    They differ in random generators, the default process group of torch.distributed (so that
     a run of one process stays one for training), functions of torch that vLLM replaces on CPU
     (`torch.set_num_threads`, `torch.accelerator.synchronize`, ...), number of threads, precision of matrix products.
-    Engines of one process share it, as they share vLLM's own globals; see `surroundings`.
+    Environment variables are changed only while an engine is built. Engines of one process share all this, as they
+    share vLLM's own globals; see `surroundings`.
     """
 
     def __init__(self):
@@ -45,8 +46,7 @@ class Surroundings:
             _original.update(_functions())
         self.num_engines = 0  # that are open
         self._inside = False
-        self._environment: dict[str, str | None] = {k: os.environ.get(k, v) for k, v in QUIET.items()}
-        self._environment |= SETTINGS
+        self.environment = {k: os.environ.get(k, v) for k, v in QUIET.items()} | SETTINGS  # for building an engine
         self._random = _random_state()
         self._groups: dict[str, Any] = {name: {} for name in GROUP_TABLES}
         self._default_group: Any = None
@@ -55,18 +55,26 @@ class Surroundings:
 
     @contextlib.contextmanager
     def building(self) -> Iterator[None]:
-        """`inside()` where the engine is built, which seeds the generators of Python and numpy too."""
-        state = random.getstate(), np.random.get_state()
+        """`inside()` where an engine is built, which has its environment and seeds Python's and numpy's generators."""
+        state, outside = (random.getstate(), np.random.get_state()), dict(os.environ)
         try:
             with self.inside():
+                os.environ.update(self.environment)
                 try:
                     yield
                 except BaseException:
                     if not self.num_engines:
                         self._clear_failed()
                     raise
+                finally:
+                    for key, function in _original.items():
+                        if key not in _replaced and getattr(*key, function) is not function:
+                            _replaced[key] = function
                 self.num_engines += 1
         finally:
+            for key in os.environ.keys() - outside.keys():
+                del os.environ[key]
+            os.environ.update(outside)
             random.setstate(state[0])
             np.random.set_state(state[1])
             gc.unfreeze()  # the engine hides all objects of now from the garbage collector
@@ -89,20 +97,12 @@ class Surroundings:
         if self._inside:
             yield
             return
-        outside = dict(os.environ)
         self._exchange()
         self._inside = True
-        _set_environment(self._environment)
         try:
             yield
         finally:
-            changed = {k for k in outside.keys() | os.environ.keys() if outside.get(k) != os.environ.get(k)}
-            self._environment = {k: os.environ.get(k) for k in changed}
-            _set_environment({k: outside.get(k) for k in changed})
             self._inside = False
-            for key, function in _original.items():
-                if key not in _replaced and getattr(*key, function) is not function:
-                    _replaced[key] = function
             self._exchange()
 
     def close(self, engine: Any) -> None:
@@ -161,14 +161,6 @@ def _put(functions: dict[tuple[Any, str], Any]) -> None:
     for key, function in functions.items():
         functions[key] = getattr(*key)
         setattr(*key, function)
-
-
-def _set_environment(values: dict[str, str | None]) -> None:
-    for key, value in values.items():
-        if value is None:
-            os.environ.pop(key, None)
-        elif os.environ.get(key) != value:
-            os.environ[key] = value
 
 
 class OwnClasses:

@@ -119,8 +119,14 @@ class WeightPath:
         with self.source.readable() as tensors, torch.no_grad():
             engine_model.load_weights(self.source.checkpoint(tensors))
 
-    def settle(self, engine_model: nn.Module) -> None:
-        """Choose the best way for an engine that has just been built, and bind parameters where it is "shared"."""
+    def settle(self, engine_model: nn.Module, num_parts: int = 1) -> None:
+        """Choose the best way for an engine that has just been built, and bind parameters where it is "shared".
+
+        `num_parts`: over how many devices the engine spreads each matrix.
+        """
+        if num_parts > 1:
+            self.reason = self.reason or f"the engine spreads the model over {num_parts} devices"
+            return
         with self.source.readable() as tensors:
             self.twins = find_twins(engine_model, tensors)
             if not self.twins.reason:
