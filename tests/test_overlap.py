@@ -354,7 +354,7 @@ def test_an_interrupt_while_it_waits_ends_sampling_at_once(tmp_path, monkeypatch
 
 def test_a_thread_that_cannot_be_stopped_is_left_behind(monkeypatch, caplog):
     monkeypatch.setattr("fastalign.rollout.overlap.PATIENCE", 0.05)
-    go = threading.Event()
+    began, go = threading.Event(), threading.Event()
 
     class Engine:
         def sync(self, step):
@@ -363,8 +363,9 @@ def test_a_thread_that_cannot_be_stopped_is_left_behind(monkeypatch, caplog):
     class State:
         global_step = 0
 
-    ahead = Ahead(StoppableEngine(Engine()), lambda *given: go.wait(30), 1, lambda: State)
+    ahead = Ahead(StoppableEngine(Engine()), lambda *given: (began.set(), go.wait(30)), 1, lambda: State)
     ahead._begin(0, [])
+    began.wait(30)
     ahead.close()
     assert "left behind" in caplog.text
     go.set()
