@@ -148,18 +148,20 @@ def judge_reward(judge: Any) -> Callable[..., list[float | None]]:
     A judge whose `judge` takes `return_scores` is asked for the probability of the first; others give 1 and 0, or
     None for both where it cannot be told.
     """
-    extra = {"return_scores": True} if "return_scores" in inspect.signature(judge.judge).parameters else {}
+    scores = "return_scores" in inspect.signature(judge.judge).parameters
 
     def judge_probability(prompts: list, completions: list, **kwargs: Any) -> list[float | None]:
         pairs = [[a, b] for a, b in zip(completions[::2], completions[1::2], strict=True)]
-        answers = judge.judge(prompts[::2], pairs, **extra)
+        answers = judge.judge(prompts[::2], pairs, **({"return_scores": True} if scores else {}))
         if len(answers) != len(pairs):
             raise ValueError(f"The judge returned {len(answers)} answers for {len(pairs)} pairs; give one each.")
         found: list[float | None] = []
         for answer in answers:
-            known = answer is not None and answer >= 0
-            first = None if not known else float(answer) if extra else 1.0 - answer
-            found += [None, None] if first is None else [first, 1.0 - first]
+            if answer is None or not answer >= 0:
+                found += [None, None]
+                continue
+            first = float(answer) if scores else 1.0 - answer  # else the place of the better one
+            found += [first, 1.0 - first]
         return found
 
     return judge_probability
@@ -257,7 +259,7 @@ def record_known(metrics: Any, name: str, values: Tensor) -> None:
 def forget(experiences: Iterable[Any]) -> None:
     """Learn nothing from them."""
     for one in experiences:
-        one.learned_at, one.tokens = one.learned_at[:0], {}
+        one.learned_at, one.tokens = one.learned_at[:0], {name: value[:0] for name, value in one.tokens.items()}
 
 
 # The update
@@ -298,7 +300,7 @@ def run_pairs(trainer: Any, model: nn.Module, batch: GroupBatch, *, alpha: float
     found = pair_loss(
         model,
         batch,
-        sampled_pair_loss,
+        sampled_pair_loss,  # pyright: ignore[reportArgumentType]
         outputs=(),
         router=trainer.router_inputs(),
         ref_logps=ref_logps,

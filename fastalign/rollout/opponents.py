@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -16,7 +16,7 @@ from .native import NativeEngine
 from .native_attention import configs_of
 from .native_cache import PrefillCache, bytes_per_token
 from .native_forward import Owners, next_tokens, second_head
-from .samples import Group, Sample
+from .samples import Group
 
 
 class ReferenceEngine(NativeEngine):
@@ -86,8 +86,6 @@ class _Behind(PrefillCache):
 class OpponentRollouts:
     """Groups of two samples for each prompt: the policy's, and one of its opponent."""
 
-    reward_funcs = ()
-
     def __init__(self, own: Any, other: Rollouts):
         self.own, self.other = own, other
 
@@ -98,6 +96,3 @@ class OpponentRollouts:
         self.other.engine.sync(max(sample.version for samples in own.values() for sample in samples))
         for group in self.other.run(rows, 1, seed + 1):
             yield Group(group.index, [*own[group.index], *group.samples])
-
-    def release(self, samples: Iterable[Sample]) -> None:
-        """Nothing: there are no environments."""
