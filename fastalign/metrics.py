@@ -70,7 +70,7 @@ class Metrics:
         self._latest[self.training][name] = value.detach() if isinstance(value, Tensor) else value
 
     def extreme(self, name: str, value: Tensor | float, *, largest: bool) -> None:
-        """Record one micro-batch's smallest or largest value; the mean over micro-batches of that over ranks is logged.
+        """Record a micro-batch's smallest or largest value; the mean over micro-batches of that over ranks is logged.
 
         A value that is not finite is that of a rank which has none.
         """
