@@ -12,6 +12,7 @@ forward, which changes between versions; a hook on a module sees the angles but 
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import sys
 import types
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 from fastalign_kernels.dispatch import has_triton
-from fastalign_kernels.layers import glu, glu_packed, lora_linear, rms_norm, rope
+from fastalign_kernels.layers import add_rms_norm, embedding, glu, glu_packed, lora_linear, rms_norm, rope
 from torch import Tensor, nn
 from transformers.trainer_utils import unwrap_peft_model
 
@@ -44,9 +45,74 @@ class RMSNorm(OwnLayer):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         norm: Any = self
-        offset, round_first = norm.own_form
-        eps = norm.eps if "eps" in norm.__dict__ else norm.variance_epsilon
-        return rms_norm(hidden_states, norm.weight, eps, offset=offset, round_first=round_first)
+        return rms_norm(hidden_states, norm.weight, self.eps_of(), **norm.own_form)
+
+    def eps_of(self) -> float:
+        """What is added to the mean of the squares."""
+        return vars(self)["eps"] if "eps" in vars(self) else vars(self)["variance_epsilon"]
+
+
+class DecoderLayer(OwnLayer):
+    """Attention and MLP behind a norm each: the addition after attention and the norm of its sum are one kernel."""
+
+    def forward(
+        self,
+        hidden_states,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        use_cache=False,
+        position_embeddings=None,
+        **kwargs,
+    ):
+        layer: Any = self
+        norm = layer.post_attention_layernorm
+        options = {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values}
+        options |= {"use_cache": use_cache, "position_embeddings": position_embeddings, **kwargs}
+        if not issubclass(type(norm), RMSNorm) or _watched(norm):
+            ordinary: Any = super()
+            return ordinary.forward(hidden_states, **options)
+        attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **options)
+        normed, residual = add_rms_norm(attended, hidden_states, norm.weight, norm.eps_of(), **norm.own_form)
+        return residual + layer.mlp(normed)
+
+
+def _separate_layer(
+    self,
+    hidden_states,
+    attention_mask=None,
+    position_ids=None,
+    past_key_values=None,
+    use_cache=False,
+    position_embeddings=None,
+    **kwargs,
+):
+    # What `DecoderLayer` stands for, never called: a layer whose own forward compiles to other code is left alone.
+    residual = hidden_states
+    hidden_states = self.input_layernorm(hidden_states)
+    hidden_states, _ = self.self_attn(
+        hidden_states=hidden_states,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        past_key_values=past_key_values,
+        use_cache=use_cache,
+        position_embeddings=position_embeddings,
+        **kwargs,
+    )
+    hidden_states = residual + hidden_states
+    residual = hidden_states
+    hidden_states = self.post_attention_layernorm(hidden_states)
+    hidden_states = self.mlp(hidden_states)
+    hidden_states = residual + hidden_states
+    return hidden_states
+
+
+class Embedding(OwnLayer):
+    """The table of input tokens; its gradient is summed in a fixed order."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        table: Any = self
+        return embedding(input, table.weight, table.padding_idx)
 
 
 class GatedMLP(OwnLayer):
@@ -112,13 +178,15 @@ def _watched(*modules: nn.Module) -> bool:
     return any(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) for module in modules)
 
 
-NORMS = {  # class -> (offset of the weight, whether x / rms(x) is rounded before the product)
+_LLAMA, _GEMMA, _OLMO = (
+    {"offset": offset, "round_first": first} for offset, first in ((0.0, True), (1.0, False), (0.0, False))
+)
+NORMS = {  # class -> offset of the weight, whether x / rms(x) is rounded before the product
     **dict.fromkeys(
-        [f"{name}RMSNorm" for name in ("Llama", "Mistral", "Qwen2", "Qwen3", "Qwen3Moe", "Phi3", "Granite")],
-        (0.0, True),
+        [f"{name}RMSNorm" for name in ("Llama", "Mistral", "Qwen2", "Qwen3", "Qwen3Moe", "Phi3", "Granite")], _LLAMA
     ),
-    **dict.fromkeys(["GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm"], (1.0, False)),
-    **dict.fromkeys(["Olmo2RMSNorm", "Olmo3RMSNorm", "GptOssRMSNorm"], (0.0, False)),
+    **dict.fromkeys(["GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm"], _GEMMA),
+    **dict.fromkeys(["Olmo2RMSNorm", "Olmo3RMSNorm", "GptOssRMSNorm"], _OLMO),
 }
 _GATED = ("Llama", "Mistral", "Qwen2", "Qwen3", "Qwen3Moe", "Gemma", "Gemma2", "Gemma3", "Olmo", "Olmo2", "Olmo3")
 LAYERS: dict[str, type[OwnLayer]] = {  # class in Transformers or PEFT -> what is mixed into it
@@ -127,6 +195,9 @@ LAYERS: dict[str, type[OwnLayer]] = {  # class in Transformers or PEFT -> what i
     "Phi3MLP": PackedMLP,
     "Qwen3MoeExperts": Experts,
     "Linear": LoraLinear,
+    **dict.fromkeys(
+        [f"{name}DecoderLayer" for name in ("Llama", "Mistral", "Qwen2", "Qwen3", "Qwen3Moe", "Gemma")], DecoderLayer
+    ),
 }
 ROPE_FILES = {  # modeling file -> whether its tables hold each angle once
     **dict.fromkeys(["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3"], False),
@@ -161,8 +232,31 @@ def _fits(module: nn.Module) -> bool:
     """Whether a module of a known class does what that class does: no forward of its own, a known activation."""
     if isinstance(module, OwnLayer) or not _known_class(type(module)) or "forward" in vars(module):
         return False
+    if hasattr(module, "post_attention_layernorm"):
+        return _is_separate_layer(module)
     activation = getattr(module, "act_fn", getattr(module, "activation_fn", None))
     return activation is None or type(activation).__name__ in ACTIVATIONS
+
+
+def _is_separate_layer(layer: Any) -> bool:
+    """Whether a decoder layer's forward is `_separate_layer`, with a norm that is known."""
+    norm = layer.post_attention_layernorm
+    if _known_class(type(norm)) not in NORMS or "forward" in vars(norm):
+        return False
+    found, expected = (inspect.unwrap(fn).__code__ for fn in (type(layer).forward, _separate_layer))
+    parts = ("co_code", "co_names", "co_varnames", "co_consts")
+    return all(getattr(found, part) == getattr(expected, part) for part in parts)
+
+
+def _plain_table(model: nn.Module) -> nn.Embedding | None:
+    """The embedding of input tokens if it does nothing but look up rows."""
+    try:
+        table: Any = unwrap_peft_model(model).get_input_embeddings()  # pyright: ignore[reportCallIssue]
+    except (AttributeError, NotImplementedError):
+        return None
+    if type(table) is not nn.Embedding or "forward" in vars(table):
+        return None
+    return None if table.max_norm or table.scale_grad_by_freq or table.sparse else table
 
 
 def patch_model(model: nn.Module, kernels: str = "own", **options) -> dict[str, int]:
@@ -189,6 +283,9 @@ def patch_model(model: nn.Module, kernels: str = "own", **options) -> dict[str, 
             mixin = LAYERS[_known_class(type(module))]
             module.__class__ = _own_class(mixin, type(module))
             found[mixin.__name__] += 1
+    if (table := _plain_table(model)) is not None:
+        table.__class__ = _own_class(Embedding, nn.Embedding)
+        found["Embedding"] += 1
     for file in {_rope_file(module) for module in model.modules()} - {""}:
         if _bind_rope(file, model):
             found[f"RoPE of {file.rpartition('.')[2]}"] += 1
@@ -202,7 +299,7 @@ def unpatch_model(model: nn.Module) -> None:
     """Undo `patch_model(model)`: classes and functions are what they were. Liger's and the Hub's layers stay."""
     for module in model.modules():
         if isinstance(module, OwnLayer):
-            if not isinstance(module, type(module).__bases__[0]) or type(module).__bases__[0] not in LAYERS.values():
+            if type(module).__bases__[0] not in {*LAYERS.values(), Embedding}:
                 raise ValueError(f"{type(module).__name__} was wrapped after patch_model: unpatch it before sharding.")
             module.__class__ = type(module).__bases__[1]
     for file, users in _rope_users.items():

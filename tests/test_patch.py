@@ -19,25 +19,26 @@ from fastalign.config import AlignConfig
 from fastalign.patch import OwnLayer, patch_model, unpatch_model
 from fastalign.scoring_head import ScoringHead, attach_heads
 
-EXPECTED = {  # family -> modules that change in two layers: norms, gated layers, RoPE
-    "llama": (5, 2, 1),
-    "mistral": (5, 2, 1),
-    "qwen2": (5, 2, 1),
-    "qwen3": (9, 2, 1),
-    "qwen3_moe": (9, 2, 1),
-    "gemma": (5, 2, 1),
-    "gemma2": (9, 2, 1),
-    "gemma3": (13, 2, 1),
-    "phi3": (5, 2, 1),
-    "olmo": (0, 2, 1),
-    "olmo2": (9, 2, 1),
-    "olmo3": (9, 2, 1),
-    "granite": (5, 2, 1),
-    "cohere": (0, 2, 0),  # interleaved RoPE and LayerNorm
-    "gpt_oss": (5, 0, 1),  # clamped, interleaved gates
-    "gpt2": (0, 0, 0),
-    "gpt_neox": (0, 0, 0),
+EXPECTED = {  # family -> modules that change in two layers: norms, gated layers, decoder layers, RoPE
+    "llama": (5, 2, 2, 1),
+    "mistral": (5, 2, 2, 1),
+    "qwen2": (5, 2, 2, 1),
+    "qwen3": (9, 2, 2, 1),
+    "qwen3_moe": (9, 2, 2, 1),
+    "gemma": (5, 2, 2, 1),
+    "gemma2": (9, 2, 0, 1),
+    "gemma3": (13, 2, 0, 1),
+    "phi3": (5, 2, 0, 1),
+    "olmo": (0, 2, 0, 1),
+    "olmo2": (9, 2, 0, 1),
+    "olmo3": (9, 2, 0, 1),
+    "granite": (5, 2, 0, 1),
+    "cohere": (0, 2, 0, 0),  # interleaved RoPE and LayerNorm
+    "gpt_oss": (5, 0, 0, 1),  # clamped, interleaved gates
+    "gpt2": (0, 0, 0, 0),
+    "gpt_neox": (0, 0, 0, 0),
 }
+SCALED = {"gemma", "gemma2", "gemma3"}  # their tables are no plain ones
 MORE = {
     "gemma": ("GemmaConfig", "GemmaForCausalLM", {}),
     "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", {"head_dim": None}),
@@ -80,7 +81,9 @@ def test_families_compute_the_same_and_are_undone(family, tmp_path):
     file = sys.modules[type(model).__module__]
     before, true, function = classes(model), run(model), getattr(file, "apply_rotary_pos_emb", None)
     changed = patch_model(model)
-    names = ("RMSNorm",), ("GatedMLP", "PackedMLP", "Experts"), [name for name in changed if "RoPE" in name]
+    kinds = ("RMSNorm",), ("GatedMLP", "PackedMLP", "Experts"), ("DecoderLayer",)
+    names = *kinds, [name for name in changed if "RoPE" in name]
+    assert changed.get("Embedding", 0) == (family not in SCALED)
     assert tuple(sum(changed.get(name, 0) for name in kind) for kind in names) == EXPECTED[family]
     assert patch_model(model) == {}
     assert [(name, cls.__name__) for name, cls, _ in classes(model)] == [(n, c.__name__) for n, c, _ in before]
@@ -194,7 +197,7 @@ def test_what_does_not_fit_stays():
             return 2 * super().forward(hidden_states)
 
     inner.post_attention_layernorm.__class__ = Mine
-    assert patch_model(model) == {"RMSNorm": 3, "RoPE of modeling_llama": 1}
+    assert patch_model(model) == {"DecoderLayer": 1, "Embedding": 1, "RMSNorm": 3, "RoPE of modeling_llama": 1}
     assert type(inner.post_attention_layernorm) is Mine
     unpatch_model(model)
 
@@ -230,13 +233,30 @@ def test_hooks_on_gate_and_up_keep_their_values():
     assert torch.allclose(values, kept[1], atol=1e-5)
 
 
+def test_addition_and_norm_are_one_unless_the_norm_is_watched(monkeypatch):
+    model = tiny_model("llama").train()
+    true, fused, seen = run(model), [], []
+    patch_model(model)
+    add_rms_norm = patch.add_rms_norm
+    monkeypatch.setattr(
+        patch, "add_rms_norm", lambda *args, **kwargs: fused.append(1) or add_rms_norm(*args, **kwargs)
+    )
+    assert_close(run(model), true)
+    norm = model.model.layers[0].post_attention_layernorm
+    hook = norm.register_forward_hook(lambda module, args, output: seen.append(output))
+    assert len(fused) == 2
+    assert_close(run(model), true)
+    hook.remove()
+    assert len(fused) == 3 and len(seen) == 1
+
+
 def test_says_once_what_was_replaced(caplog):
     model = tiny_model("olmo")
     with caplog.at_level(logging.INFO, "fastalign.patch"):
         patch_model(model), patch_model(model)
     unpatch_model(model)
     assert [r.message for r in caplog.records] == [
-        "Own kernels in OlmoForCausalLM: GatedMLP (2), RoPE of modeling_olmo (1)."
+        "Own kernels in OlmoForCausalLM: Embedding (1), GatedMLP (2), RoPE of modeling_olmo (1)."
     ]
 
 
@@ -248,7 +268,7 @@ def test_kernel_backend_of_the_config(tmp_path, monkeypatch):
         return count
 
     assert number_of_own() == number_of_own(kernel_backend="none") == 0  # auto, on the CPU
-    assert number_of_own(kernel_backend="own") == 7
+    assert number_of_own(kernel_backend="own") == 10
     monkeypatch.setattr(AlignConfig, "device", property(lambda self: torch.device("cuda")))
     asked = []
     monkeypatch.setattr(patch, "patch_model", lambda model, kernels, **options: asked.append((kernels, options)))
