@@ -9,7 +9,7 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
-from .findings import ALL, FINDINGS, check_names
+from .findings import ALL, FINDINGS, check_bounds, check_names
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +28,8 @@ class AlignConfig(TrainingArguments):
 
     Each inherited field is honoured or refused by name (`fastalign.loop.arguments`); none is ignored silently.
     """
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "health_bounds"]
 
     logging_steps: float = arg(10, "Optimizer steps between two logs; below 1 a share of all steps.")
     gradient_checkpointing: bool = arg(True, "Recompute activations in the backward pass: less memory, slower.")
@@ -63,6 +65,9 @@ class AlignConfig(TrainingArguments):
         factory=list,
         help=f"Findings of health checks that stop the run: '{ALL}', or some of {', '.join(FINDINGS)}.",
     )
+    health_bounds: dict[str, Any] | str | None = arg(
+        None, "Bounds of findings by name, such as {'zero_variance': 0.9}; docs/health.md has ours."
+    )
 
     def __post_init__(self):
         if self.token_budget is not None and self.token_budget <= 0:
@@ -84,6 +89,7 @@ class AlignConfig(TrainingArguments):
             if not (self.bf16 or self.fp16):
                 logger.info("bf16 is off: no GPU with bf16. Set bf16=True and use_cpu=True for bf16 on the CPU.")
         super().__post_init__()
+        check_bounds(self.health_bounds)
 
 
 def check_bf16_update(args: AlignConfig) -> None:

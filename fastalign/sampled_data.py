@@ -28,6 +28,7 @@ from .rollout.completions_log import CompletionsLog
 from .rollout.function_rollouts import FunctionRollouts
 from .rollout.generation import GenerationBatch, exchange, sample_share
 from .rollout.group_batches import GroupBatch
+from .rollout.health import findings_of, watch_samples
 from .rollout.loader import BatchPlan, EvaluationLoader, RolloutLoader, Step
 from .rollout.overlap import Ahead
 from .rollout.prompts import check_prompts, end_ids, training_prompts
@@ -249,6 +250,8 @@ class SampledDataTrainer(Trainer):
         exchange(
             batch, self.metrics, self.rewards.weights, ends, world=self.world, rank=self.rank, tools=self.has_tools
         )
+        if training:
+            watch_samples(self.metrics, batch, self.rewards.weights)
         self.score(batch)
         if self.args.log_completions:
             rows = gather_object(batch.shown()) if self.world > 1 else batch.shown()
@@ -362,6 +365,10 @@ class SampledDataTrainer(Trainer):
 
     # Log and checkpoints
 
+    def findings(self, found: dict, history: list[dict], past: list[dict]) -> dict[str, float]:
+        """What the newest of the logs `history` shows of samples, besides what the loop has `found`."""
+        return findings_of(self, found, history, past)
+
     def train(self, *args, **kwargs):
         """As the loop's; nothing is sampled any more when it returns or raises."""
         try:
@@ -380,12 +387,13 @@ class SampledDataTrainer(Trainer):
         """The loop's, and the generation batch that is not used up."""
         buffer = None if self.train_loader is None else self.train_loader.buffer
         own = {"buffer": buffer and buffer.state_dict(), "ahead": self.ahead and self.ahead.state_dict()}
-        return super().state_dict() | own
+        return super().state_dict() | own | {"health": self.health.past}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue in the middle of a generation batch."""
         super().load_state_dict(state)
         if state.get("buffer") is not None and self.train_loader is not None:
             self.train_loader.buffer = Buffer.from_state(state["buffer"])
+        self.health.past = state.get("health") or []
         if self.ahead is not None:
             self.ahead.load_state_dict(state.get("ahead") or {})

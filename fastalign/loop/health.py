@@ -1,6 +1,6 @@
 """Watches a run for what goes wrong without an error; says cause and remedy once, and stops the run where asked.
 
-Trends compare means of 5 logs, once there are 12. Thresholds are the constants below; `findings` has the names.
+Trends compare means of 5 logs, once there are 12. `fastalign.findings` has names and bounds.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..findings import ALL, PREFIX, sentence
+from ..findings import ALL, PREFIX, bounds, sentence
 from ..metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -19,9 +19,8 @@ HIDDEN = "_health/"  # of metrics that are read here and not logged
 
 SPAN, LEAST_LOGS = 5, 12  # logs that are averaged, logs before a trend is judged
 CHANCE = 0.55  # accuracy up to which pairs are ranked as by chance
-FALL = 0.3  # share of its size by which the chosen log-probability falls
-EVEN_SHARE, LEAST_ROWS = 0.1, 64  # rows that a gradient effectively comes from; rows of a log from which it is judged
-LOSS_JUMP, NORM_JUMP = 2.0, 10.0  # factors over the median of the last 10 logs
+KEPT = 50  # logs of which the hidden means are kept: samples may serve for several
+LEAST_ROWS = 64  # rows of a log from which it is judged how many of them the gradient comes from
 
 
 class HealthError(RuntimeError):
@@ -51,20 +50,23 @@ def watch_pulls(metrics: Metrics, pulls: Tensor | None) -> None:
 def findings(history: list[dict[str, float]], hidden: dict[str, float], *, progress: float, **limits) -> dict:
     """Finding -> number, for the newest of the logs `history`; `progress` is the share of the run that is done.
 
-    `hidden`: means over the micro-batches of the newest log. `limits`: drift (nats per token), rows (of the log).
+    `hidden`: means over the micro-batches of the newest log. `limits`: drift (nats per token), rows (of the log),
+    bounds (in place of those of `fastalign.findings`).
     """
+    bound = bounds(limits.get("bounds"))
+    drift = hidden.get("drift", hidden.get("sampled_drift", 0.0))  # the loss's, else that of the samples as drawn
     found = {
         "margin_collapse": _margin_collapse(history, progress),
-        "chosen_falling": _chosen_falling(history),
-        "kl_drift": hidden.get("drift", 0.0) if hidden.get("drift", 0.0) > limits["drift"] else None,
-        "few_rows": _few_rows(hidden, limits["rows"]),
-        "loss_spike": _jump(_series(history, "loss"), LOSS_JUMP, 0.5),
-        "grad_norm_spike": _jump(_series(history, "grad_norm"), NORM_JUMP, 1.0),
+        "chosen_falling": _chosen_falling(history, bound["chosen_falling"]),
+        "kl_drift": drift if drift > limits["drift"] else None,
+        "few_rows": _few_rows(hidden, limits["rows"], bound["few_rows"]),
+        "loss_spike": jump(series(history, "loss"), bound["loss_spike"], 0.5),
+        "grad_norm_spike": jump(series(history, "grad_norm"), bound["grad_norm_spike"], 1.0),
     }
     return {name: float(value) for name, value in found.items() if value is not None}
 
 
-def _series(history: list[dict[str, float]], *keys: str) -> np.ndarray:
+def series(history: list[dict[str, float]], *keys: str) -> np.ndarray:
     """The values of the first of `keys` that the newest log has, where it was logged."""
     key = next((key for key in keys if key in history[-1]), None)
     return np.array([entry[key] for entry in history if key in entry], float) if key else np.zeros(0)
@@ -77,8 +79,8 @@ def _error(values: np.ndarray) -> float:
 
 def _margin_collapse(history: list[dict[str, float]], progress: float) -> float | None:
     """At chance after having been clearly above it, or still at chance in the second half of the run."""
-    margins = _series(history, "rewards/margins", "margin")
-    accuracies = _series(history, "rewards/accuracies", "accuracy")[-SPAN:]
+    margins = series(history, "rewards/margins", "margin")
+    accuracies = series(history, "rewards/accuracies", "accuracy")[-SPAN:]
     if len(margins) < LEAST_LOGS or (len(accuracies) and accuracies.mean() > CHANCE):
         return None
     spans = np.lib.stride_tricks.sliding_window_view(margins, SPAN)
@@ -88,25 +90,25 @@ def _margin_collapse(history: list[dict[str, float]], progress: float) -> float 
     return None if above_zero or not (had_risen or progress >= 0.5) else means[-1]
 
 
-def _chosen_falling(history: list[dict[str, float]]) -> float | None:
+def _chosen_falling(history: list[dict[str, float]], share: float) -> float | None:
     """A fall since the first logs by a share of its size that is no noise, while the loss falls too."""
-    logps, losses = _series(history, "logps/chosen"), _series(history, "loss")
+    logps, losses = series(history, "logps/chosen"), series(history, "loss")
     if len(logps) < LEAST_LOGS or losses[-SPAN:].mean() >= losses[:SPAN].mean():
         return None
     first, last = logps[:SPAN], logps[-SPAN:]
     fall = first.mean() - last.mean()
-    return fall if fall > max(FALL * abs(first.mean()), 3 * np.hypot(_error(first), _error(last))) else None
+    return fall if fall > max(share * abs(first.mean()), 3 * np.hypot(_error(first), _error(last))) else None
 
 
-def _few_rows(hidden: dict[str, float], num_rows: float) -> float | None:
+def _few_rows(hidden: dict[str, float], num_rows: float, bound: float) -> float | None:
     """(sum of pulls)^2 / (rows * sum of squares): 1 where all rows pull alike, 1 / rows where one has it all."""
     if num_rows < LEAST_ROWS or not hidden.get("pull_squared"):
         return None
     share = hidden["pull"] ** 2 / (hidden["pull_squared"] * hidden["rows"])
-    return share if share < EVEN_SHARE else None
+    return share if share < bound else None
 
 
-def _jump(values: np.ndarray, factor: float, of_start: float) -> float | None:
+def jump(values: np.ndarray, factor: float, of_start: float) -> float | None:
     """The last value, if above `factor` times the median of the ten before, by `of_start` times the first ones."""
     if len(values) < LEAST_LOGS:
         return None
@@ -121,11 +123,14 @@ class Health:
         self.trainer = trainer
         self.of_data: dict[str, float] = {}  # findings of the training data, from its preparation
         self.pending: dict[str, float] = {}  # of these, what no log has yet
+        self.past: list[dict[str, float]] = []  # what only this class reads of the last logs
         self.reasons: list[str] = []  # why this run is stopped
 
     def begin(self) -> None:
         """Before the first step: warn of what the data show; it goes to the first log, or to one of its own here."""
         self.reasons = []
+        if not self.trainer.state.log_history:
+            self.past = []
         known = {key for entry in self.trainer.state.log_history for key in entry}
         logs = self._tell(self.of_data)
         self.pending = {key: value for key, value in logs.items() if key not in known}
@@ -140,8 +145,12 @@ class Health:
         history = [entry for entry in state.log_history if "loss" in entry]
         num_steps = state.global_step - (history[-1]["step"] if history else 0)
         rows = hidden.get("rows", 0.0) * num_steps * args.gradient_accumulation_steps * trainer.world
-        limits = {"drift": getattr(args, "kl_drift_bound", 0.0), "rows": rows}
-        found = findings([*history, logs], hidden, progress=state.global_step / max(state.max_steps, 1), **limits)
+        limits: dict = {"drift": getattr(args, "kl_drift_bound", 0.0), "rows": rows}
+        limits["bounds"] = getattr(args, "health_bounds", None)
+        history, self.past = [*history, logs], [*self.past, hidden][-KEPT:]
+        found = findings(history, hidden, progress=state.global_step / max(state.max_steps, 1), **limits)
+        if (further := getattr(trainer, "findings", None)) is not None:
+            found = further(found, history, self.past)
         pending, self.pending = self.pending, {}
         return logs | pending | self._tell(found)
 

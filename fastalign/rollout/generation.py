@@ -31,6 +31,7 @@ class GenerationBatch:
     experiences: list[Experience] = field(default_factory=list)  # (n)
     scores: Scores | None = None  # of the samples
     rewards: Tensor = field(default_factory=lambda: torch.zeros(0, 0))  # (N, K) fp32, host; NaN: no score
+    lengths: Tensor = field(default_factory=lambda: torch.zeros(0))  # (N,) tokens that the policy has drawn
     advantages: Tensor = field(default_factory=lambda: torch.zeros(0))  # (N,), for the log
     own: slice = field(default_factory=lambda: slice(0, 0))  # of this rank in N
     num_items: float = 1.0  # learned tokens of all ranks, by the number of ranks
@@ -151,6 +152,7 @@ def exchange(
     batch.num_items = max(sum(part["learned"] for part in ranks), 1) / world
     metrics.tokens(int(facts["prompt"].sum() + facts["drawn"].sum()))
     everywhere = {name: np.concatenate([part["facts"][name] for part in ranks]) for name in facts}
+    batch.lengths = torch.from_numpy(everywhere["drawn"])
     record_samples(metrics, everywhere, tools)
     record_rewards(metrics, scores.names, batch.rewards, weights)
     for name in sorted({name for part in ranks for name in part["metrics"]}):

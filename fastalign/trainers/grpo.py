@@ -25,6 +25,7 @@ from ..rollout.config import BatchArgs, CompletionLogArgs, CorrectionArgs, Engin
 from ..rollout.entropy_control import EntropyControl
 from ..rollout.generation import GenerationBatch
 from ..rollout.group_batches import GroupBatch
+from ..rollout.health import watch_update
 from ..rollout.loader import Step
 from ..rollout.replay import ReplayBuffer
 from ..rollout.statistics import Mismatch
@@ -358,6 +359,7 @@ class GRPOTrainer(SampledDataTrainer):
             log.sum("policy_loss", terms.loss * batch.weight * scale)
         if terms.importance is not None:
             self._record_mismatch(batch, found, terms.importance, log.batch_rows)
+        watch_update(log, batch, found.logp, terms.importance, args.correction.get("max"))
         self.entropy.adapt(batch, found.entropy, found.entropy_mask, self._over_ranks)
         if batch.is_last:
             log.record(self.metrics)

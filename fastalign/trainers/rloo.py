@@ -19,6 +19,7 @@ from ..rollout.buffer import Experience
 from ..rollout.config import DICT_FIELDS, BatchArgs, CompletionLogArgs, EngineArgs, RewardArgs, SamplingArgs
 from ..rollout.generation import GenerationBatch
 from ..rollout.group_batches import GroupBatch
+from ..rollout.health import watch_groups, watch_update
 from ..rollout.loader import Step
 from ..sampled_data import SampledDataTrainer
 
@@ -112,6 +113,9 @@ class RLOOTrainer(SampledDataTrainer):
         rewards = rewards.masked_fill(batch.rewards.isnan().all(1), torch.nan)
         if args.reward_clip_range is not None:
             rewards = rewards.clamp(*args.reward_clip_range)
+        watch_groups(
+            self.metrics, rewards, batch.num_generations
+        )  # before the divergence, which differs in all groups
         if args.beta != 0.0:
             rewards = rewards - args.beta * self._divergence(batch)
         advantages = leave_one_out_advantages(
@@ -180,5 +184,6 @@ class RLOOTrainer(SampledDataTrainer):
         log.mean("clip_ratio/region_mean", terms.clip_low | terms.clip_high, of_rows=True)
         log.extreme_row("clip_ratio/low_min", terms.clip_low, largest=False)
         log.extreme_row("clip_ratio/high_max", terms.clip_high, largest=True)
+        watch_update(log, batch, found.logp)
         if batch.is_last:
             log.record(self.metrics)
