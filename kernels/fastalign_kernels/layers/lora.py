@@ -13,13 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def lora_linear_reference(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scale: float
-) -> Tensor:
-    """`lora_linear` in plain torch."""
-    return F.linear(x, weight, bias) + F.linear(F.linear(x, lora_a), lora_b) * scale
-
-
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, lora_a, lora_b, scale):
