@@ -72,7 +72,7 @@ class AdapterFiles:
 
     def request(self, in_place: bool = False) -> Any:
         """vLLM's name for it; `in_place` makes the engine read the files again."""
-        from vllm.lora.request import LoRARequest
+        from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
 
         return LoRARequest("policy", 1, self.folder, load_inplace=in_place)
 

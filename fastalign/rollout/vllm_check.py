@@ -61,4 +61,4 @@ def small_copy(config: Any, dtype: torch.dtype) -> Any:
     cls = model_class(config)
     with torch.device(device):
         model = cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
-    return model.to(dtype)
+    return model.to(dtype)  # pyright: ignore[reportAttributeAccessIssue]

@@ -77,8 +77,8 @@ class VLLMEngine:
 
     def _build(self, processing_class: Any, config: Any, dtype: torch.dtype, sampling: Sampling) -> Any:
         try:
-            from vllm.engine.arg_utils import EngineArgs
-            from vllm.v1.engine.llm_engine import LLMEngine
+            from vllm.engine.arg_utils import EngineArgs  # pyright: ignore[reportMissingImports]
+            from vllm.v1.engine.llm_engine import LLMEngine  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise ImportError(f"{INSTALL} ({error})") from error
         source = self._path.source
@@ -269,8 +269,8 @@ def engine_dtype(model: Any, config: Any) -> torch.dtype:
 
 def sampling_params(sampling: Sampling, seed: int | None) -> Any:
     """vLLM's settings of one request: ids and log-probabilities of the tokens drawn, nothing else."""
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+    from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams  # pyright: ignore
 
     if refused := [name for name in sampling.options if name in KEPT_OPTIONS]:
         raise ValueError(

@@ -19,8 +19,8 @@ _source: list[Callable[[Any], None]] = []  # what fills the model that is being 
 @contextlib.contextmanager
 def weights_from(load: Callable[[Any], None]) -> Iterator[None]:
     """While it lasts, engines are filled by `load(engine_model)`."""
-    from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER, register_model_loader
-    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+    from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER, register_model_loader  # pyright: ignore
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader  # pyright: ignore[reportMissingImports]
 
     class Loader(BaseModelLoader):
         def download_model(self, model_config) -> None:
@@ -44,8 +44,8 @@ def plain_layout() -> Iterator[None]:
 
     Those that oneDNN or SGL's kernels pack have no address per weight: they can be neither shared nor overwritten.
     """
-    import vllm._custom_ops as ops
-    from vllm.model_executor.layers import utils as layers
+    import vllm._custom_ops as ops  # pyright: ignore[reportMissingImports]
+    from vllm.model_executor.layers import utils as layers  # pyright: ignore[reportMissingImports]
 
     packers = [(ops, "_supports_onednn", False), (layers, "check_cpu_sgl_kernel", lambda *args: False)]
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in packers if hasattr(owner, name)]
@@ -61,7 +61,7 @@ def plain_layout() -> Iterator[None]:
 
 def import_model_class(architectures: list[str]) -> None:
     """Import the engine's class of a model here; vLLM would start another process to look at it."""
-    from vllm import ModelRegistry
+    from vllm import ModelRegistry  # pyright: ignore[reportMissingImports]
 
     for name in architectures:
         known = ModelRegistry.models.get(name)

@@ -84,7 +84,7 @@ class Surroundings:
         """Make room for another engine where one could not be built."""
         if "vllm.distributed" not in sys.modules:
             return
-        from vllm.distributed import cleanup_dist_env_and_memory
+        from vllm.distributed import cleanup_dist_env_and_memory  # pyright: ignore[reportMissingImports]
 
         cleanup_dist_env_and_memory()
         if _replaced and not _left:  # vLLM tidies up once more at exit, with its own functions only
@@ -107,7 +107,7 @@ class Surroundings:
 
     def close(self, engine: Any) -> None:
         """End an engine; with the last one vLLM's process groups, not those of training."""
-        import vllm.v1.engine.core as core
+        import vllm.v1.engine.core as core  # pyright: ignore[reportMissingImports]
 
         self.num_engines -= 1
         clean_up = core.cleanup_dist_env_and_memory

@@ -196,12 +196,12 @@ class BroadcastPush(Push):
 
     def connect(self) -> None:
         try:
-            from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
-            from vllm.distributed.weight_transfer.nccl_engine import (
+            from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource  # pyright: ignore
+            from vllm.distributed.weight_transfer.nccl_engine import (  # pyright: ignore[reportMissingImports]
                 NCCLTrainerInitInfo,
                 NCCLTrainerWeightTransferEngine,
             )
-            from vllm.utils.network_utils import get_ip
+            from vllm.utils.network_utils import get_ip  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise ImportError(
                 f"Weights go to the server through vLLM's NCCL transfer, which needs vLLM 0.28 or newer here too "

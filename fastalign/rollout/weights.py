@@ -78,7 +78,7 @@ class TrainingWeights:
                 stack.callback(self.model.unmerge_adapter)
             parameters = self.parameters()
             if sharded := [p for p in parameters.values() if hasattr(p, "ds_id")]:
-                import deepspeed
+                import deepspeed  # pyright: ignore[reportMissingImports]
 
                 stack.enter_context(deepspeed.zero.GatheredParameters(sharded))
             yield dict(parameters)

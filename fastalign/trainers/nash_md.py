@@ -171,6 +171,7 @@ class NashMDTrainer(SampledDataTrainer):
 
         found = token_loss(model, inputs, loss_fn, **self.router_inputs())
         self._record(inputs, found.stats.logp, wins.to(weight.device), beta)
+        assert found.loss is not None
         return self.with_router_loss(found.loss, found.aux_loss)
 
     def _record(self, batch: GroupBatch, logp: Tensor, wins: Tensor, beta: float) -> None:
