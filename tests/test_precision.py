@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 
 from fastalign import SFTConfig, SFTTrainer, precision
 from fastalign.loop.bf16_update import MasterWeights, StochasticAdamW, round_stochastically
+from fastalign.loop.distributed import await_gloo_threads
 from fastalign.precision import Fp8Linear, convert_to_fp8, use_fp8
 
 BF16 = torch.bfloat16
@@ -306,6 +307,7 @@ def test_sharded_parameters(tmp_path):
                 results.append([p.full_tensor() if sharded else p for p in model.parameters()])
             assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     finally:
+        await_gloo_threads()  # joined with the interpreter's lock held
         dist.destroy_process_group()
 
 

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fastalign.data.batch import name_read
 from fastalign.data.collate import collate_flat, collate_padded
 from fastalign.data.pair_batches import AnswerCollator
+from fastalign.loop.distributed import await_gloo_threads
 from fastalign.policy import unwrap
 from fastalign.reward_head import prepare_reward_model, score_loss, scores
 
@@ -232,6 +233,7 @@ def test_the_wrapped_model_is_called(task, wrapper, tmp_path):
         result, grads = run(wrapped, name_read(read_at(collate_flat(ids), last, ids)))
         whole = {n: g.full_tensor() if hasattr(g, "full_tensor") else g for n, g in grads.items()}
     finally:
+        await_gloo_threads()  # joined with the interpreter's lock held
         torch.distributed.destroy_process_group()
     assert_same((result, {name.removeprefix("module."): grad for name, grad in whole.items()}), expected)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from fastalign.loop.distributed import await_gloo_threads
 from fastalign.rollout import vllm_process
 from fastalign.rollout.vllm_process import OwnClasses, Surroundings
 from fastalign.rollout.vllm_sleep import Sleep
@@ -72,6 +73,7 @@ def test_groups_of_training_survive_the_engines(tmp_path):
     default = torch.distributed.group.WORLD
     with sides.inside():
         assert torch.distributed.is_initialized() and torch.distributed.group.WORLD is not default
+        await_gloo_threads()  # joined with the interpreter's lock held
         torch.distributed.destroy_process_group()
     sides._restore_groups()
     try:
@@ -83,6 +85,7 @@ def test_groups_of_training_survive_the_engines(tmp_path):
         assert all_reduce(ones, "sum", default).tolist() == [1.0, 1.0]  # found by name, as DTensors do
         torch.distributed.all_reduce(ones, group=torch.distributed.new_group([0]))
     finally:
+        await_gloo_threads()  # joined with the interpreter's lock held
         torch.distributed.destroy_process_group()
 
 
