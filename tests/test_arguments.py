@@ -145,7 +145,7 @@ def test_defaults_are_those_of_trl(tmp_path):
 
     theirs = {field.name: field.default for field in dataclasses.fields(_BaseConfig)}
     for field in dataclasses.fields(AlignConfig):
-        own = ("token_budget", "kernel_backend", "fp8", "bf16_update", "stop_on_health")
+        own = ("token_budget", "kernel_backend", "fp8", "bf16_update", "stop_on_health", "health_bounds")
         assert field.name in own or field.default == theirs[field.name], field.name
     assert AlignConfig(str(tmp_path), use_cpu=True).bf16 is True
     assert AlignConfig(str(tmp_path), use_cpu=True, bf16=False).bf16 is False
