@@ -242,8 +242,8 @@ class SampledDataTrainer(Trainer):
             made = self._sample(plan, rows, number, self.state, training)
             if self.engine is not None:
                 self.engine.sleep()
-        pad_id: Any = self.loaded.tokenizer.pad_token_id
-        ends = {*self.end_ids, pad_id}
+        self.metrics.mean("time/sampling", made.seconds)
+        ends: set[Any] = {*self.end_ids, self.loaded.tokenizer.pad_token_id}
         batch = GenerationBatch.of(made, plan.num_generations, ends, self.learns, training=training, left=left)
         self.score_ahead(batch)
         batch.scores = made.scores()
@@ -270,7 +270,7 @@ class SampledDataTrainer(Trainer):
             self.ahead.wait()
         if self.engine is not None and self._synced_step != self.state.global_step:
             self._synced_step = self.state.global_step
-            self.engine.sync(self._synced_step)
+            self.metrics.mean("time/sync", self.engine.sync(self._synced_step).seconds)
 
     def score_ahead(self, batch: GenerationBatch) -> None:
         """The forward passes that the loss needs of samples, while their rewards are computed."""

@@ -142,7 +142,7 @@ def make(name: str, folder, rewards=length_reward, fixed=True, **changes):
     return trainer
 
 
-TIMES = ("runtime", "per_second", "step_time", "train_loss", "total_flos")
+TIMES = ("runtime", "per_second", "step_time", "time/", "train_loss", "total_flos")
 
 
 def numbers(trainer) -> list[dict]:

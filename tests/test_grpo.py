@@ -23,7 +23,7 @@ from fastalign.cli.main import main
 from fastalign.rollout.loader import BatchPlan, prompt_order
 from fastalign.rollout.rewards import RewardError
 
-TIMED = ("runtime", "per_second", "step_time", "total_flos")
+TIMED = ("runtime", "per_second", "step_time", "time/", "total_flos")
 SAMPLED: dict[str, Any] = {"fixed": False, "max_completion_length": 6, "max_steps": 4}
 
 

@@ -106,7 +106,7 @@ def sampled(folder, resume=None, model=None, callbacks=None, **changes):
 
 
 def numbers(trainer) -> list[dict]:
-    timed = ("runtime", "per_second", "step_time", "eps", "train_loss", "total_flos")
+    timed = ("runtime", "per_second", "step_time", "time/", "eps", "train_loss", "total_flos")
     return [
         {k: v for k, v in log.items() if not any(part in k for part in timed)} for log in trainer.state.log_history
     ]

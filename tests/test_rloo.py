@@ -80,7 +80,8 @@ def history(library, folder, *, evaluate=False, rewards=(length_reward, parity_r
     trainer.train()
     if evaluate:
         trainer.evaluate()
-    return [{k: v for k, v in entry.items() if not k.startswith("health/")} for entry in trainer.state.log_history]
+    history = trainer.state.log_history
+    return [{k: v for k, v in entry.items() if not k.startswith(("health/", "time/"))} for entry in history]
 
 
 def assert_same(ours: list[dict], theirs: list[dict]) -> None:

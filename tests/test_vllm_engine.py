@@ -74,7 +74,7 @@ def outside():
 
 def look():
     return {
-        "environment": {k: v for k, v in os.environ.items() if not k.startswith("_TORCHINDUCTOR")},  # compiled code's own
+        "environment": {k: v for k, v in os.environ.items() if not k.startswith("_TORCH")},  # what compiling sets
         "random": (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()),
         "torch": (torch.set_num_threads, torch.accelerator.synchronize, torch.cuda.current_stream, torch.cuda.stream),
         "threads": torch.get_num_threads(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -77,6 +78,7 @@ class ScoredRollouts:
 
     def __init__(self, rollouts: Any, rewards: RewardPool, wanted: Sequence[tuple[dict, int]], seed: int, state: Any):
         """Sample: `wanted` are rows of the dataset and how many completions of each; `state` is for the rewards."""
+        start = time.perf_counter()
         self.pending: list[PendingScores] = []
         self.order: list[int] = []  # place of each scored sample
         repeats = math.gcd(*(count for _, count in wanted))
@@ -99,6 +101,7 @@ class ScoredRollouts:
             submit()
         self.samples = [sample for group in found for sample in group]
         self.groups: list[int] = []  # number of the prompt of each sample, in the run
+        self.seconds = time.perf_counter() - start  # of sampling
 
     def scores(self) -> Scores:
         """The scores, in the order of `samples`, once all are there."""

@@ -172,6 +172,8 @@ def _to_state(made: ScoredRollouts | _Kept) -> dict[str, Any]:
 class _Kept:
     """A scored batch from a checkpoint, in place of its `ScoredRollouts`."""
 
+    seconds = 0.0  # of sampling, in this run
+
     def __init__(self, state: dict[str, Any]):
         shown = json.loads(state["shown"])
         self.samples = [
