@@ -124,7 +124,7 @@ def kinds_of_rows(pairs: list[dict]) -> dict[str, list[dict]]:
 def make_models(folder: pathlib.Path, pairs: list[dict]) -> None:
     """A random Llama and a random reward model of it, with a tokenizer trained on the pairs."""
     import torch
-    from sft_against_trl import make_tokenizer
+    from against_trl import make_tokenizer
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
     from transformers.utils import logging as transformers_logging
 

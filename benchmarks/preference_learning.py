@@ -30,7 +30,7 @@ from typing import Any
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
-from sft_against_trl import make_tokenizer  # noqa: E402
+from against_trl import make_tokenizer  # noqa: E402
 
 VOCABULARY = 1000
 SHAPE: dict[str, Any] = {
