@@ -71,7 +71,8 @@ def set_free(batch: TokenBatch, segments: np.ndarray) -> TokenBatch:
         cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
         source=torch.from_numpy(place)[batch.source],
         prefix=None if batch.prefix is None else torch.from_numpy(prefix.astype(np.int32)),
-        extras=batch.extras | {name: torch.from_numpy(value) for name, value in found.items()},
+        extras={k: v for k, v in batch.extras.items() if k != "read"}
+        | {name: torch.from_numpy(value) for name, value in found.items()},
     )
 
 

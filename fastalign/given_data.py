@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import numpy as np
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import TrainingArguments, set_seed
 
-from .adapters import add_adapter
+from .adapters import add_adapter, for_task
 from .config import AlignConfig
 from .config_groups import LengthArgs
 from .data.batch import TokenBatch
@@ -19,26 +20,36 @@ from .data.formats import first_row, has_images
 from .loop import Trainer
 from .loop.selective import enable_selective_checkpointing
 from .models import LoadedModel, model_name, position_limit, resolve_model, router_loss_coefficient, set_pad_token
-from .policy import PolicyInfo, prepare_policy
+from .pairs import PairAdapter, disable_dropout, group_lengths
+from .policy import PolicyInfo, prepare_policy, token_stats, unwrap
+from .policy_check import teach_reading
+from .reference import Reference
 
 
 class GivenDataTrainer(Trainer):
     """Loads the model, prepares the data, chooses the batches; an algorithm adds what is its own.
 
     Algorithms set `config_class` and override `check` (refuse what does not fit together), `adapt` (tokenizer and
-    template, before adapters), `prepare_dataset`, `make_collator` and `compute_loss`.
+    template, before adapters), `prepare_dataset`, `make_collator` and `compute_loss`. A constructor of theirs says
+    what it takes and hands it on (`passed_on`).
     """
 
     config_class: type[AlignConfig]  # with the fields of LoadArgs and RowArgs
     model_kind: Any = None  # auto class of models with another head than a language model's
     num_labels: int | None = None  # of such a model, where it is loaded by name
+    task: str | None = None  # PEFT's name of what such a model does
+    takes_images = False
+    answers: Any = ()  # of data that are prompts with answers: the columns of these, without "_ids"
+    row_columns: tuple[str, ...] = ()  # such rows' further columns,
+    reference_columns: Any = ()  # and those that a frozen reference fills, where the algorithm compares with one
+    reference: Reference | None = None
     args: Any
     _name = ""
     _tag_names: list[str] = []
 
     def __init__(
         self,
-        model,
+        model=None,
         args: AlignConfig | TrainingArguments | None = None,
         data_collator=None,
         train_dataset=None,
@@ -46,8 +57,12 @@ class GivenDataTrainer(Trainer):
         processing_class=None,
         quantization_config=None,
         peft_config=None,
+        *,
+        model_init=None,
+        ref_model=None,
         **loop_arguments,
     ):
+        model = model_init() if model is None and model_init is not None else model
         _check_kinds(model, train_dataset, eval_dataset)
         config: Any = as_config(args, self.config_class, f"{model_name(model).split('/')[-1]}-{self._name}")
         self.args = config
@@ -60,12 +75,17 @@ class GivenDataTrainer(Trainer):
         )
         self.longest = position_limit(loaded.model)
         self.has_images = has_images(sample)
+        if self.has_images and not self.takes_images:
+            raise ValueError(
+                f"The dataset has images, which {type(self).__name__} does not take: drop the columns 'image' or "
+                "'images'."
+            )
         reentrant = (config.gradient_checkpointing_kwargs or {}).get("use_reentrant")
         if loaded.is_vision and config.ddp_find_unused_parameters is None and not reentrant:
             config.ddp_find_unused_parameters = True  # a batch without images gives the vision tower no gradient
         self.check(sample)
         self.adapt()
-        add_adapter(loaded, peft_config, config)
+        add_adapter(loaded, peft_config if self.task is None else for_task(peft_config, self.task), config)
         has_router = hasattr(config, "router_aux_loss_coef")
         self.router_coefficient = (
             router_loss_coefficient(loaded.model, config.router_aux_loss_coef) if has_router else 0.0
@@ -85,11 +105,26 @@ class GivenDataTrainer(Trainer):
         cut_at = config.max_length if isinstance(config, LengthArgs) else None
         self.health.of_data = examine(self.train_dataset, cut_at)
         self.policy = self.prepare_model()
+        if getattr(config, "disable_dropout", False):
+            disable_dropout(self.model)
         own = data_collator is None
-        self.data_collator = self.make_collator() if own else BatchAdapter(data_collator, flat=self.policy.flat)
+        self.data_collator = self.make_collator() if own else self.adapt_collator(data_collator)
         self.model.add_model_tags(self._tag_names)
+        if self.reference_columns:
+            self.reference = Reference.make(
+                self,
+                ref_model,
+                self.reference_columns,
+                has_new_adapter=peft_config is not None,
+                quantization_config=quantization_config,
+            )
 
     loaded: LoadedModel
+
+    @property
+    def ref_model(self):
+        """The second model, None where there is none."""
+        return None if self.reference is None else self.reference.model
 
     def check(self, sample: dict) -> None:
         """Raise ValueError where `self.args`, `self.loaded` and a row of the data contradict each other."""
@@ -99,7 +134,10 @@ class GivenDataTrainer(Trainer):
 
     def prepare_model(self) -> PolicyInfo:
         """Teach the model to score, and see whether it takes flat batches."""
-        return prepare_policy(self.model, allow_flat=not self.has_images)
+        info = prepare_policy(self.model, allow_flat=not self.has_images)
+        if self.answers and info.flat:
+            teach_reading(self.model, unwrap(self.model), lambda batch: token_stats(self.model, batch).stats.logp)
+        return info
 
     def prepare_dataset(self, dataset, name: str, training: bool):
         """Raw rows -> the rows that the collator takes; `name` is what progress and errors call the dataset."""
@@ -109,13 +147,34 @@ class GivenDataTrainer(Trainer):
         """The collator of this algorithm's batches (`self.policy` says flat or padded)."""
         raise NotImplementedError
 
+    def adapt_collator(self, given) -> Any:
+        """The collator that a user gave, made to return batches."""
+        if self.answers:
+            return PairAdapter(given, flat=self.policy.flat, num_answers=len(self.answers))
+        return BatchAdapter(given, flat=self.policy.flat)
+
+    def example_lengths(self, dataset) -> np.ndarray:
+        """Tokens that each row takes in a batch, (rows,) int64."""
+        if not self.answers or self.args.length_column_name in dataset.column_names:
+            return super().example_lengths(dataset)
+        share = getattr(self.data_collator, "share", False)
+        limits = self.args if isinstance(self.args, LengthArgs) else None
+        return group_lengths(dataset, self.answers, flat=self.policy.flat, share=share, limits=limits)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None and self.answers:
+            ids = [f"{name}_ids" for name in ("prompt", *self.answers)]
+            self._signature_columns = [*ids, *self.row_columns, *self.reference_columns]
+        super()._set_signature_columns_if_needed()
+
     def _prepared(self, dataset, name: str, training: bool):
         if dataset is None:
             return None
         if isinstance(dataset, dict):
             return {key: self._prepared(part, key, training) for key, part in dataset.items()}
         with PartialState().main_process_first():
-            return self.prepare_dataset(dataset, name, training)
+            dataset = self.prepare_dataset(dataset, name, training)
+        return dataset if self.reference is None else self.reference.complete(dataset, name)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Evaluate; a dataset given here is prepared like the one given to the constructor."""
@@ -158,6 +217,11 @@ class GivenDataTrainer(Trainer):
         self.metrics.mean("aux_loss", aux_loss.detach(), 1)
         steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
         return loss + self.router_coefficient * aux_loss / steps
+
+
+def passed_on(arguments: dict[str, Any], *own: str) -> dict[str, Any]:
+    """The arguments of a constructor, its `locals()`, without the object and without what is the constructor's own."""
+    return {k: v for k, v in arguments.items() if k not in ("self", "__class__", *own)}
 
 
 def as_config(args, config_class: type[AlignConfig], output_dir: str) -> AlignConfig:

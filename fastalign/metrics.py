@@ -39,6 +39,7 @@ class Metrics:
     def reset(self) -> None:
         """Forget both windows and the counters; training is what is measured."""
         self.training = True
+        self.muted = False  # what is recorded is of rows that were counted before
         self._ratios: dict[bool, dict[str, list[tuple]]] = {True: {}, False: {}}
         self._folded: dict[bool, dict[str, tuple]] = {True: {}, False: {}}  # (sum of global ratios, how many)
         self._skipping: set[str] = set()  # names whose empty micro-batches do not count
@@ -53,6 +54,8 @@ class Metrics:
 
         `skip_empty`: micro-batches of count zero are left out of the mean, and a name without others is not logged.
         """
+        if self.muted:
+            total = count = 0.0
         if skip_empty:
             self._skipping.add(name)
         pairs = self._ratios[self.training].setdefault(name, [])
@@ -74,6 +77,8 @@ class Metrics:
 
         A value that is not finite is that of a rank which has none.
         """
+        if self.muted:
+            value = math.inf
         values = self._extremes[self.training].setdefault(name, [largest])
         values.append(value.detach() if isinstance(value, Tensor) else value)
 

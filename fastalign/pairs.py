@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,11 +16,13 @@ from .config_groups import LengthArgs, ModelArgs
 from .data.bad_rows import RULES
 from .data.batch import TokenBatch
 from .data.dict_batches import token_batch
-from .data.pair_batches import SHARE_GAIN
+from .data.pair_batches import SHARE_GAIN, AnswerCollator
+from .data.preferences import prepare_preference_dataset
+from .free_tokens import reading
 from .loop.batching import list_lengths
 from .loop.health import watch_pulls
 from .metrics import Metrics
-from .policy import HeadLoss, head_loss
+from .policy import HeadLoss, head_loss, logits_forward
 
 OUTPUTS = ("entropy", "mean_logit", "top1")  # statistics of tokens that the metrics of pairs need
 
@@ -65,6 +68,42 @@ def disable_dropout(model: nn.Module) -> None:
             setattr(module, "attention_dropout", 0.0)  # noqa: B010 (nn.Module types its attributes)
 
 
+def prepare_answers(trainer: Any, dataset: Any, name: str, answers: tuple[str, ...], bos_and_eos: bool = False) -> Any:
+    """Raw rows -> `prompt_ids` and the ids of each of the answers."""
+    args = trainer.args
+    return prepare_preference_dataset(
+        dataset,
+        trainer.loaded.processing_class,
+        max_length=args.max_length,
+        truncation_mode=args.truncation_mode,
+        answers=answers,
+        bos_and_eos=bos_and_eos,
+        num_proc=args.dataset_num_proc,
+        name=name,
+        bad_rows=args.bad_rows,
+    )
+
+
+def answer_collator(trainer: Any, kind: Any = AnswerCollator, **options: Any) -> Any:
+    """The collator of a trainer's `answers`: flat batches, with shared prompts where that saves work, or padded ones.
+
+    `kind(answers, ...)` makes it, given `options` besides.
+    """
+    args = trainer.args
+    if isinstance(args, LengthArgs):
+        options |= {"max_length": args.max_length, "truncation_mode": args.truncation_mode}
+    return kind(
+        trainer.answers,
+        pad_token_id=cast(int, trainer.loaded.tokenizer.pad_token_id),
+        flat=trainer.policy.flat,
+        share=sharing(trainer, trainer.train_dataset, trainer.answers),
+        vocab_size=trainer.model.get_input_embeddings().weight.shape[0],
+        pad_to_multiple_of=args.padding_multiple,
+        extras=(*trainer.row_columns, *trainer.reference_columns),
+        **options,
+    )
+
+
 def sharing(trainer, dataset, answers: tuple[str, ...]) -> bool | str:
     """The collator's `share` for a trainer: as set; with a token budget one choice for the whole dataset.
 
@@ -72,6 +111,8 @@ def sharing(trainer, dataset, answers: tuple[str, ...]) -> bool | str:
     ValueError where `share_prefix=True` and the model cannot.
     """
     wish, policy = trainer.args.share_prefix, trainer.policy
+    if len(answers) < 2:
+        return False
     if wish and not policy.shares_prefix:
         raise ValueError(
             f"`share_prefix=True`, but this model's answers cannot share a prompt: {policy.reason}. Set it to False."
@@ -167,7 +208,16 @@ def pair_loss(
         )
         return found.loss, found
 
-    return head_loss(model, batch, op, **(router or {}))
+    with nullcontext() if router else reading(batch):  # a router sees every token
+        return head_loss(model, batch, op, **(router or {}))
+
+
+def with_outputs(model: nn.Module, batch: TokenBatch, loss: Tensor, return_outputs: bool) -> Any:
+    """`loss`, or (loss, the model's own outputs, logits included)."""
+    if not return_outputs:
+        return loss
+    with torch.no_grad():
+        return loss, logits_forward(model, batch)
 
 
 def record_pairs(metrics: Metrics, batch: TokenBatch, found: PreferenceResult, per_pair: int = 2) -> None:

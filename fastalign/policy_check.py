@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .data.batch import TokenBatch
 from .data.collate import collate_flat
-from .free_tokens import Layer, teach_layers
+from .free_tokens import Layer, reading, teach_layers
 
 logger = logging.getLogger(__name__)
 
@@ -113,9 +113,11 @@ def _reading_error(base: Any, score: Score) -> str | None:
     last = (batch.row != batch.row.roll(-1)).nonzero()[:, 0]
     names = ("source", "targets", "row", "weight")
     batch = replace(batch, **{name: getattr(batch, name)[last] for name in names})
+    named = replace(batch, extras={"read": batch.source})
     try:
         expected = score(batch)
-        error = (score(replace(batch, extras={"read": batch.source})) - expected).abs().max().item()
+        with reading(named):
+            error = (score(named) - expected).abs().max().item()
     except Exception as failure:  # whatever a layer does with what it does not know
         return f"{type(failure).__name__}: {failure}"
     limit = _limit(base, 10 * expected.abs().max().item(), ROUNDING)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import logging
@@ -22,18 +21,18 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .adapters import is_peft_model
-from .bema import SyncRefModelCallback
+from .bema import BEMACallback, SyncRefModelCallback
 from .config import arg
 from .data.batch import TokenBatch
+from .free_tokens import reading
 from .loop.batching import batches_by_length, readable_rows
 from .loop.distributed import is_fsdp, use_precision
-from .loop.model_setup import place_model
 from .loop.weights import content_hash
-from .models import load_model, model_name
-from .policy import prepare_policy, token_stats
+from .models import is_quantized
+from .policy import token_stats
+from .reference_models import adapter, copy_adapter, evaluating, prepare_reference, resolve_reference
 
 logger = logging.getLogger(__name__)
-REF_ADAPTER = "ref"
 CACHE_LAYOUT = 2  # counted up when the same model and data give other numbers
 LEFT_OUT = ("_name_or_path", "base_model_name_or_path", "use_cache", "transformers_version")  # say nothing of numbers
 
@@ -108,15 +107,14 @@ class Reference:
         """The reference of a trainer that is set up, from its `ref_model` argument (None, a name or a model).
 
         Computes `columns` of its datasets under `precompute_ref_log_probs`, adds the callback of `sync_ref_model`.
-        ValueError where `ref_model` is the trained model itself; NotImplementedError for adapters with
-        `sync_ref_model`.
+        ValueError where `ref_model` is the trained model itself, and for adapters with `sync_ref_model`.
         """
         args, model = trainer.args, trainer.model
         source = "model"
         if is_peft_model(model) and ref_model is None:
             source = "adapter_off" if has_new_adapter else "ref_adapter"
         if args.sync_ref_model and is_peft_model(model):
-            raise NotImplementedError(
+            raise ValueError(
                 "`sync_ref_model=True` is not supported with adapters: their reference is the model without the "
                 "adapter, which nothing may change. Set it to False, or train all weights."
             )
@@ -127,23 +125,26 @@ class Reference:
                 "when training starts. Set it to False: with adapters the reference needs no second model."
             )
         if source == "ref_adapter":
-            _copy_adapter(model)
+            copy_adapter(model)
         own = None
         if cached and source == "model" and ref_model is None and not sharded:
             source = "policy"  # it is still what training starts from
         elif source == "model":
-            own = _resolve(trainer, ref_model, quantization_config)
+            own = resolve_reference(trainer, ref_model, quantization_config)
         content = _content(model if own is None else own, source) if cached else ""
-        reference = cls(trainer, source, None if own is None else _prepared(trainer, own), columns, content)
+        reference = cls(trainer, source, None if own is None else prepare_reference(trainer, own), columns, content)
         if args.sync_ref_model:
             trainer.add_callback(SyncRefModelCallback(reference.model, trainer.accelerator))
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, BEMACallback):
+                callback.ref_model = reference.model if reference.mode == "model" else None
         reference._complete_datasets()
         if cached and ref_model is None:
             reference.model = None
         return reference
 
     def logps(self, model: nn.Module, batch: TokenBatch, ld_alpha: float | None = None) -> Tensor:
-        """(R,) fp32, one for each answer of `batch` as its `row` numbers them, in nats: sums without gradient.
+        """(R,) fp64 (cached: fp32), one for each answer of `batch` as its `row` numbers them, in nats: sums, no graph.
 
         `ld_alpha`: LD-DPO's weight of the tokens beyond the shorter answer of a pair.
         """
@@ -158,7 +159,7 @@ class Reference:
 
     def token_logps(self, model: Any, batch: TokenBatch, temperature: float = 1.0) -> Tensor:
         """(N,) fp32 log-probabilities of the scored tokens, one forward without gradient; not from a cache."""
-        with self.active(model) as reference, self.trainer.accelerator.autocast():
+        with self.active(model) as reference, self.trainer.accelerator.autocast(), reading(batch):
             return token_stats(reference, batch, temperature=temperature).stats.logp
 
     @contextmanager
@@ -169,7 +170,7 @@ class Reference:
             yield self.model
             return
         inner = self.trainer.accelerator.unwrap_model(model, keep_torch_compile=False)
-        with _evaluating(inner), _adapter(inner, self._source):
+        with evaluating(inner), adapter(inner, self._source):
             yield self.trainer.model
 
     # Cached log-probabilities
@@ -209,12 +210,18 @@ class Reference:
         values = np.load(file) if file.is_file() else None
         known = values is not None and values.shape == (len(dataset), len(self.columns))
         if not self._on_all_ranks(known) or values is None:
+            self._move(self.trainer.args.device)
             values = self._compute(dataset, name)
             self._write(file, values)
+        self._move("cpu")  # it takes no part in training, but another dataset may need it
         for column, logps in zip(self.columns, values.T, strict=True):
             dataset = dataset.remove_columns([column]) if column in dataset.column_names else dataset
             dataset = dataset.add_column(column, logps)  # pyright: ignore
         return dataset
+
+    def _move(self, device: torch.device | str) -> None:
+        if self.model is not None and not is_fsdp(self.trainer.accelerator) and not is_quantized(self.model):
+            self.model.to(device)
 
     def _on_all_ranks(self, known: bool) -> bool:
         """Whether every rank knows: machines may have caches of their own, and all ranks must compute together."""
@@ -259,7 +266,7 @@ class Reference:
                 batch = trainer._prepare_inputs(collator(rows.__getitems__(chosen.tolist())))
                 sums = answer_logps(batch, self.token_logps(trainer.model, batch), getattr(args, "ld_alpha", None))
                 if number < len(batches):
-                    found[torch.from_numpy(chosen).to(args.device)] = sums.view(len(chosen), -1)
+                    found[torch.from_numpy(chosen).to(args.device)] = sums.view(len(chosen), -1).to(found)
                 progress.update(len(chosen) * trainer.world)
         return (trainer._sum_over_ranks(found) if trainer.world > 1 else found).cpu().numpy()
 
@@ -282,110 +289,3 @@ def _content(model: Any, source: str) -> str:
     kept = [{k: v for k, v in c.to_dict().items() if k not in LEFT_OUT} for c in configs if hasattr(c, "to_dict")]
     said = json.dumps(kept, sort_keys=True, default=lambda v: sorted(v) if isinstance(v, set) else str(v))
     return hashlib.sha256(f"{content_hash(model, skip)} {said}".encode()).hexdigest()
-
-
-def _copy_adapter(model: Any) -> None:
-    """A frozen copy of the adapter that is trained, named "ref"; an adapter of that name is used as it is."""
-    trained = model.active_adapter
-    if trained == REF_ADAPTER:
-        raise ValueError(
-            f"The adapter that is trained is named {REF_ADAPTER!r}, which is the name of the reference's: it would be "
-            "compared with itself. Load it under another name, with `adapter_name=`."
-        )
-    if REF_ADAPTER in model.peft_config:
-        return
-    model.add_adapter(REF_ADAPTER, model.peft_config[trained])
-    parameters = dict(model.named_parameters())
-    for name, parameter in parameters.items():
-        if f".{trained}." in name or name.endswith(f".{trained}"):
-            head, _, tail = name.rpartition(f".{trained}")
-            copied = parameters[f"{head}.{REF_ADAPTER}{tail}"]
-            copied.data = parameter.data.clone()
-            copied.requires_grad_(False)
-
-
-def _resolve(trainer, ref_model, quantization_config) -> Any:
-    """The reference as a model: given, loaded from where the policy came from, or a copy of it."""
-    policy, args = trainer.model, trainer.args
-    if ref_model is policy or (ref_model is not None and ref_model is trainer.accelerator.unwrap_model(policy)):
-        raise ValueError(
-            "`model` and `ref_model` are the same object, so the reference would be trained. Leave `ref_model` out: "
-            "it is then a copy of `model`."
-        )
-    if ref_model is not None and not isinstance(ref_model, str):
-        return ref_model
-    name = ref_model or model_name(policy)
-    has_weights = any(file.suffix in (".safetensors", ".bin") for file in Path(name).glob("*"))
-    if ref_model is None and (not name or (os.path.isdir(name) and not has_weights)):
-        return copy.deepcopy(policy)  # made in memory: there is no file of its first weights
-    options = dict(args.model_init_kwargs or {})
-    if quantization_config is not None:
-        options["quantization_config"] = quantization_config
-    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED", "FSDP", "MULTI_CPU"):
-        options["device_map"] = None
-    options.setdefault("dtype", policy.dtype)
-    if not trainer.policy.flat:
-        options.setdefault("attn_implementation", policy.config._attn_implementation)
-    trust = options.pop("trust_remote_code", args.trust_remote_code)
-    found = load_model(name, trust_remote_code=trust, **options)
-    if ref_model is None and _differ(policy, found):
-        logger.warning(
-            "The reference is loaded from %r, but the weights of `model` are others: it was changed in memory. If it "
-            "should be compared with itself as it is now, pass `ref_model=copy.deepcopy(model)`.",
-            name,
-        )
-    return found
-
-
-def _differ(model: nn.Module, other: nn.Module) -> bool:
-    """Whether the beginning of some parameter differs."""
-    pairs = zip(model.parameters(), other.parameters(), strict=True)
-    return any(not torch.equal(a.flatten()[:256].cpu(), b.flatten()[:256].cpu().to(a.dtype)) for a, b in pairs)
-
-
-def _prepared(trainer, model: Any) -> Any:
-    """The reference frozen, on its device, sharded under FSDP, and able to score."""
-    model.requires_grad_(False)
-    model.eval()
-    if model.config is not None:
-        model.config.use_cache = False
-    model = place_model(model, trainer.args, trainer.accelerator)
-    info = prepare_policy(model, allow_flat=trainer.policy.flat)
-    if (trainer.policy.flat, trainer.policy.shares_prefix) > (info.flat, info.shares_prefix):
-        raise ValueError(
-            f"`ref_model` ({type(model).__name__}) cannot take the batches that the policy takes: {info.reason}. "
-            "Use a reference of the policy's kind, or `precompute_ref_log_probs` in a run of its own."
-        )
-    if is_fsdp(trainer.accelerator):
-        from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-
-        model = fsdp2_prepare_model(trainer.accelerator, model)
-    return model
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout, noise and checkpointing; then back to training where it was."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
-@contextmanager
-def _adapter(model: Any, mode: str) -> Iterator[None]:
-    """The policy with its adapter switched off or with the frozen one."""
-    if mode == "adapter_off":
-        with model.disable_adapter():
-            yield
-    elif mode == "ref_adapter":
-        trained = model.active_adapter
-        model.set_adapter(REF_ADAPTER)
-        try:
-            yield
-        finally:
-            model.set_adapter(trained)
-    else:
-        yield

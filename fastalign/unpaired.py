@@ -17,27 +17,13 @@ from .data.batch import TokenBatch
 from .data.pair_batches import UnpairedCollator
 from .data.preferences import prepare_unpaired_dataset
 from .flat_attention import free_tokens
-from .free_tokens import FreeTokens, set_free, teach_layers
+from .free_tokens import FreeTokens, reading, set_free
 from .loop.health import watch_drift, watch_pulls
-from .pairs import disable_dropout, group_lengths, sharing
+from .models import set_pad_token
+from .pairs import answer_collator
 from .policy import HeadLoss, head_loss, token_stats
-from .reference import Reference
 
 OUTPUTS = ("entropy", "mean_logit")  # statistics of tokens that the metrics need
-
-
-def settle(trainer: Any, ref_model: Any, data_collator: Any, **reference: Any) -> Reference:
-    """After construction: dropout off where asked, collators of the user's adapted; the reference of the trainer."""
-    if trainer.args.disable_dropout:
-        disable_dropout(trainer.model)
-    if data_collator is not None:
-        trainer.data_collator = JudgedAdapter(data_collator, trainer.make_collator())
-    names = [name.removesuffix("completion") for name in trainer.answers]  # "" and "kl_"
-    columns = tuple(f"ref_{name}logps" for name in names)
-    found = Reference.make(trainer, ref_model, columns, **reference)
-    if len(columns) > 1 and trainer.policy.flat:
-        teach_layers(trainer.model)
-    return found
 
 
 def prepare_judged(trainer: Any, dataset: Any, name: str) -> Any:
@@ -48,26 +34,15 @@ def prepare_judged(trainer: Any, dataset: Any, name: str) -> Any:
     return prepare_unpaired_dataset(dataset, processing_class, **options)
 
 
-def judged_collator(trainer: Any, **options: Any) -> JudgedCollator:
+def judged_collator(trainer: Any) -> JudgedCollator:
     """Flat batches, with shared prompts where that saves work, or padded ones."""
-    args, policy = trainer.args, trainer.policy
-    return JudgedCollator(
-        kl=len(trainer.answers) > 1,
-        pad_token_id=trainer.loaded.tokenizer.pad_token_id,
-        flat=policy.flat,
-        share=sharing(trainer, trainer.train_dataset, trainer.answers) if len(trainer.answers) > 1 else False,
-        vocab_size=trainer.model.get_input_embeddings().weight.shape[0],
-        pad_to_multiple_of=args.padding_multiple,
-        max_length=args.max_length,
-        truncation_mode=args.truncation_mode,
-        **options,
-    )
+    return answer_collator(trainer, lambda answers, **options: JudgedCollator(kl=len(answers) > 1, **options))
 
 
-def judged_lengths(trainer: Any, dataset: Any) -> np.ndarray:
-    """Tokens that each row takes in a batch, (rows,) int64."""
-    share = getattr(trainer.data_collator, "share", False)
-    return group_lengths(dataset, trainer.answers, flat=trainer.policy.flat, share=share, limits=trainer.args)
+def adapt_judged(trainer: Any, given: Any) -> JudgedAdapter:
+    """The collator that a user gave, made to return batches of judged answers."""
+    set_pad_token(trainer.loaded, trainer.args.pad_token)
+    return JudgedAdapter(given, trainer.make_collator())
 
 
 class JudgedCollator(UnpairedCollator):
@@ -176,7 +151,8 @@ def unpaired_loss(
         )
         return found.loss, found
 
-    with free_tokens(None if z_of is None else FreeTokens.of(batch)):
+    found = None if z_of is None else FreeTokens.of(batch)
+    with reading(batch) if found is None and not router else free_tokens(found):  # a router sees every token
         return head_loss(model, batch, op, **(router or {}))
 
 
@@ -204,6 +180,7 @@ class _Baseline:
         self.counts, self.references, self.mean_over_ranks = counts.to(references.device), references, mean_over_ranks
 
     def __call__(self, logp: Tensor) -> Tensor:
+        logp = logp if logp.device.type == "mps" else logp.double()
         ratios = row_sums(logp, self.counts) - self.references
         return self.mean_over_ranks(ratios.sum() / max(1, ratios.numel())).clamp(min=0)
 
@@ -244,6 +221,7 @@ def record_unpaired(trainer, batch: TokenBatch, found: UnpairedResult) -> None:
         parts += [torch.where(mask, values, 0).sum() for values, mask in pairs]
         parts += [wanted.sum(), tokens.sum()]
     sums = torch.stack([part.to(found.loss.dtype) for part in (*parts, cast(Tensor, stats.entropy).sum())])
+    sums = torch.zeros_like(sums) if metrics.muted else sums
     sums = trainer._sum_over_ranks(sums) if trainer.world > 1 else sums
     chosen, rejected = sums[:5], sums[5:10]
     for name, (reward, logp, logit, answers, tokens) in {"chosen": chosen, "rejected": rejected}.items():

@@ -47,6 +47,19 @@ def predicted_answers(name: str, world: int) -> list:
     return [len(labels), sorted(np.where(labels == -100, 0, labels).sum(1).tolist())]
 
 
+def evaluated_pairs(name: str, world: int) -> dict:
+    """What the evaluation of 5 pairs says: of the second round of batches one rank has a pair, the other none."""
+    config, trainer = (getattr(fastalign, f"{name}{kind}") for kind in ("Config", "Trainer"))
+    made = trainer(
+        model=tiny_model(),
+        args=config("unused", **pair_runs.SETTINGS | {"per_device_eval_batch_size": 4 // world}),
+        train_dataset=pair_runs.pair_rows(),
+        processing_class=tiny_tokenizer(),
+    )
+    found = made.evaluate(pair_runs.pair_rows().select(range(5)))
+    return {k: v for k, v in found.items() if not k.endswith(("runtime", "_per_second", "_time"))}
+
+
 def summary_of_answers(prediction) -> dict:
     return {"rows": len(prediction.label_ids)}
 
@@ -69,6 +82,7 @@ def run(world: int) -> dict:
     trainer = make("ours", "unused", max_steps=4, **common)
     trainer.train()
     found["answers"] = [predicted_answers(name, world) for name in ("DPO", "CPO")]
+    found["pairs"] = [evaluated_pairs(name, world) for name in ("DPO", "CPO", "ORPO")]
     return found | {"stream": history(trainer), "rank": trainer.rank}
 
 

@@ -37,6 +37,7 @@ LAYERS = [
         "fastalign.rollout",
         "fastalign.pairs",
         "fastalign.reference",
+        "fastalign.reference_models",
         "fastalign.reference_free",
         "fastalign.sampled_pairs",
         "fastalign.unpaired",

@@ -193,7 +193,7 @@ def test_models_with_an_encoder_and_images_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"has an encoder .`is_encoder_decoder`"):
         CPOTrainer(encoder, args, train_dataset=pair_rows(), processing_class=copy.deepcopy(tiny_tokenizer()))
     images = pair_rows().map(lambda row: {"images": [1]})
-    with pytest.raises(ValueError, match="which CPO does not take"):
+    with pytest.raises(ValueError, match="which CPOTrainer does not take"):
         CPOTrainer(tiny_model(), args, train_dataset=images, processing_class=copy.deepcopy(tiny_tokenizer()))
 
 

@@ -50,5 +50,10 @@ def test_predictions_of_two_ranks_have_each_answer_of_a_pair_once(results):
     assert [number for number, _ in results[0]["answers"]] == [14, 14]
 
 
+def test_rows_that_fill_up_the_last_batches_count_nowhere(results):
+    for two, one in zip(results[0]["pairs"], results[1]["pairs"], strict=True):
+        assert two == pytest.approx(one, rel=2e-5) and "eval_rewards/margins" in two
+
+
 def test_evaluation_ran(results):
     assert [entry["eval_rows"] for entry in results[0]["evaluated"] if "eval_rows" in entry] == [12, 12]

@@ -163,7 +163,9 @@ def test_every_layout_scores_the_same(names, mode, limit):
     for batch in batches:
         assert sequences(batch) == expected
         for name, value in batches[0].extras.items():
-            assert batch.extras[name].tolist() == value.tolist()
+            assert name == "read" or batch.extras[name].tolist() == value.tolist()
+        if "read" in batch.extras:
+            assert batch.extras["read"].tolist() == sorted({*batch.source.tolist()})
     assert len({batch.num_tokens for batch in batches}) == 1
     assert len(batches[3].input_ids) % 64 == 0
     if len(names) > 1 and limit != 4:

@@ -41,7 +41,7 @@ def answer_sums(model, batch) -> torch.Tensor:
     with torch.no_grad():
         logp = logits_forward(model, batch).logits.flatten(0, -2)[batch.source].log_softmax(-1)
     logp = logp.gather(1, batch.targets[:, None])[:, 0]
-    return torch.zeros(batch.num_rows).index_add(0, batch.row, logp)
+    return torch.zeros(batch.num_rows, dtype=torch.float64).index_add(0, batch.row, logp.double())
 
 
 # What a reference says
@@ -83,7 +83,7 @@ def test_a_second_model_stays_frozen_and_keeps_its_dtype(tmp_path):
     expected = answer_sums(tiny_model(seed=1), batch)
     found = trainer.reference.logps(trainer.model, batch)
     assert found.dtype == torch.float64
-    torch.testing.assert_close(found.float(), expected, **SUMS)
+    torch.testing.assert_close(found, expected, **SUMS)
 
 
 def test_a_model_without_a_file_is_copied_and_a_name_is_loaded(tmp_path):
@@ -256,7 +256,7 @@ def test_sync_moves_the_reference_towards_the_policy(tmp_path):
     callback.on_step_end(trainer.args, trainer.state, None, model=model)
     for name, value in weights(reference).items():
         torch.testing.assert_close(value, 0.6 * policy[name] + 0.4 * before[name])
-    with pytest.raises(NotImplementedError, match="not supported with adapters"):
+    with pytest.raises(ValueError, match="not supported with adapters"):
         make(tmp_path, peft_config=_lora(), sync_ref_model=True)
 
 

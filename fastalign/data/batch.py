@@ -84,8 +84,8 @@ class TokenBatch:
 
 def name_read(batch: TokenBatch) -> TokenBatch:
     """`batch` with `extras["read"]`, the places (M,) of the tokens whose hidden states are read, where that saves."""
-    if batch.is_padded:
-        return batch
+    extras = {name: value for name, value in batch.extras.items() if name != "read"}
     read = batch.source.unique()
-    few = read.numel() <= READ_SHARE * batch.input_ids.numel()
-    return replace(batch, extras=batch.extras | {"read": read}) if few else batch
+    if not batch.is_padded and read.numel() <= READ_SHARE * batch.input_ids.numel():
+        extras["read"] = read
+    return replace(batch, extras=extras)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastalign import _native
 
-from .batch import TokenBatch
+from .batch import TokenBatch, name_read
 from .collate import check_ids, round_up
 from .columns import Rows, read_rows
 
@@ -32,7 +32,7 @@ class AnswerCollator:
     `extras["scored"]` (N,) bool then tells apart (False). `read="last"` lists the last position of every sequence
     instead, with target 0, for models that put a number on a sequence. `max_length` (tokens) cuts each sequence at the
     end or, with `truncation_mode="keep_end"`, at the beginning. `extras["lengths"]` (K * B,) int64 are the tokens of
-    the answers that are left; further extras, (B,), are the columns named in `extras` that the rows have.
+    the answers that are left; further extras, (B,), are the columns that `extras` names.
     `num_tokens` counts a prompt once per answer.
     """
 
@@ -79,7 +79,7 @@ class AnswerCollator:
         shape = (-1, width) if width else (-1,)
         positions, cu_seqlens, prefix, mask = _padded(cut, width) if width else _flat(cut, share, layout, len(ids))
         targets = ids[target_at] if self.read == "answers" else np.zeros(len(source), np.int64)
-        return TokenBatch(
+        batch = TokenBatch(
             input_ids=torch.from_numpy(ids).view(shape),
             position_ids=torch.from_numpy(positions).view(shape),
             cu_seqlens=torch.from_numpy(cu_seqlens),
@@ -93,6 +93,7 @@ class AnswerCollator:
             prefix=None if prefix is None else torch.from_numpy(prefix),
             extras=extras,
         )
+        return name_read(batch)
 
     def _ids(self, found: dict[str, Any]) -> tuple[Rows, list[Rows]]:
         names = [f"{name}_ids" for name in self.answers]

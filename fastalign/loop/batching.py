@@ -69,19 +69,23 @@ def grouped_order(lengths: np.ndarray, group: int, seed: int) -> Callable[[int],
     return order
 
 
-def share_of_rank(order: np.ndarray, batch_size: int, rank: int, world: int, drop_last: bool, even: bool) -> list:
+def share_of_rank(
+    order: np.ndarray, batch_size: int, rank: int, world: int, drop_last: bool, even: bool, repeat: bool = True
+) -> list:
     """The batches (lists of row numbers) of one rank: ranks take alternate batches of the common order.
 
     With `even` the order is continued from its beginning until every rank has equally many full batches (as
-    accelerate does); a single process keeps its short last batch.
+    accelerate does); a single process keeps its short last batch. Without `repeat` the last batches are short on
+    several ranks, too, and a rank that has nothing left takes a single row once more.
     """
-    stride = batch_size * world
+    stride, num_rows = batch_size * world, len(order)
     if drop_last:
-        order = order[: len(order) // stride * stride]
+        order = order[: num_rows // stride * stride]
     elif even and world > 1:
-        order = np.resize(order, -(-len(order) // stride) * stride) if len(order) else order
+        order = np.resize(order, -(-num_rows // stride) * stride) if num_rows else order
     starts = range(rank * batch_size, len(order), stride)
-    return [order[start : start + batch_size].tolist() for start in starts]
+    stops = [start + batch_size if repeat else min(start + batch_size, max(num_rows, start + 1)) for start in starts]
+    return [order[start:stop].tolist() for start, stop in zip(starts, stops, strict=True)]
 
 
 def fill_micro_batches(rows: list[int], lengths: np.ndarray, budget: int, padded: bool, at_least: int = 1) -> list:
@@ -148,12 +152,13 @@ class StepSampler(BatchSampler):
         world: int = 1,
         drop_last: bool = False,
         even: bool = True,
+        repeat: bool = True,
         lengths: np.ndarray | None = None,
         budget: int | None = None,
         padded: bool = False,
     ):
         self.order, self.num_rows, self.batch_size, self.accumulation = order, num_rows, batch_size, accumulation
-        self.rank, self.world, self.drop_last, self.even = rank, world, drop_last, even
+        self.rank, self.world, self.drop_last, self.even, self.repeat = rank, world, drop_last, even, repeat
         self.lengths, self.budget, self.padded = lengths, budget, padded
         self.epoch = self.skip_steps = 0
         self.sizes: deque[tuple[int, int]] = deque()
@@ -175,7 +180,7 @@ class StepSampler(BatchSampler):
         """(micro-batches, how many without a budget) of each step of the current epoch on this rank."""
         order = self.order(self.epoch)
         shares = [
-            share_of_rank(order, self.batch_size, rank, self.world, self.drop_last, self.even)
+            share_of_rank(order, self.batch_size, rank, self.world, self.drop_last, self.even, self.repeat)
             for rank in (range(self.world) if self.budget else [self.rank])
         ]
         own = shares[self.rank if self.budget else 0]
@@ -276,8 +281,10 @@ def _no_column(trainer, dataset: datasets.Dataset, description: str, wanted) -> 
     )
 
 
-def make_loader(trainer, dataset, batch_size: int, *, training: bool, collator=None) -> DataLoader:
-    """The DataLoader of one rank; see `StepSampler` for the order of rows."""
+def make_loader(
+    trainer, dataset, batch_size: int, *, training: bool, collator=None, repeat: bool = True
+) -> DataLoader:
+    """The DataLoader of one rank; see `StepSampler` for the order of rows, `share_of_rank` for `repeat`."""
     args = trainer.args
     description = "training" if training else "evaluation"
     rows, collate = readable_rows(trainer, dataset, collator or trainer.data_collator, description)
@@ -301,7 +308,8 @@ def make_loader(trainer, dataset, batch_size: int, *, training: bool, collator=N
         return DataLoader(
             _stream_of_rank(trainer, rows, batch_size), batch_size, drop_last=args.dataloader_drop_last, **options
         )
-    return DataLoader(rows, batch_sampler=_sampler(trainer, dataset, batch_size, training, collate), **options)
+    sampler = _sampler(trainer, dataset, batch_size, training, collate, repeat)
+    return DataLoader(rows, batch_sampler=sampler, **options)
 
 
 def _stream_of_rank(trainer, dataset: Any, batch_size: int) -> Any:
@@ -318,7 +326,7 @@ def _stream_of_rank(trainer, dataset: Any, batch_size: int) -> Any:
     )
 
 
-def _sampler(trainer, dataset, batch_size: int, training: bool, collator) -> BatchSampler:
+def _sampler(trainer, dataset, batch_size: int, training: bool, collator, repeat: bool) -> BatchSampler:
     args = trainer.args
     if not has_length(dataset):
         raise ValueError(
@@ -361,6 +369,7 @@ def _sampler(trainer, dataset, batch_size: int, training: bool, collator) -> Bat
         world=trainer.world,
         drop_last=args.dataloader_drop_last,
         even=config.even_batches,
+        repeat=repeat,
         lengths=lengths,
         budget=budget,
         padded=budget is not None and not getattr(collator, "flat", True),

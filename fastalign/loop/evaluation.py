@@ -37,7 +37,9 @@ def eval_loader(trainer, dataset, wants_logits: bool):
     if wants_logits and reads_arrow(collator) and collator.flat and not packed:
         collator = copy.copy(collator)
         collator.flat = False
-    loader = make_loader(trainer, dataset, trainer.args.eval_batch_size, training=False, collator=collator)
+    gathered = wants_logits or bool(trainer.args.include_for_metrics)  # then all ranks' batches must be of one size
+    size = trainer.args.eval_batch_size
+    loader = make_loader(trainer, dataset, size, training=False, collator=collator, repeat=gathered)
     if trainer.args.dataloader_persistent_workers:
         loaders[key] = loader, dataset  # which keeps its id from being given to another
     return loader
@@ -55,8 +57,9 @@ def timed_loop(trainer, loader, loss_only: bool | None, ignore_keys, prefix: str
 def evaluation_loop(trainer, loader, loss_only: bool | None, ignore_keys, prefix: str) -> EvalLoopOutput:
     """Run over `loader` without gradients.
 
-    The loss is transformers': the mean over examples of their batch's loss, without the examples that only fill up
-    the last round of batches. Everything else goes through `trainer.prediction_step` and `trainer.compute_metrics`.
+    The loss is transformers': the mean over examples of their batch's loss. Rows that are taken once more, so that all
+    ranks have equally many batches, count nowhere (transformers' count in the loss of their batch). Everything else
+    goes through `trainer.prediction_step` and `trainer.compute_metrics`.
     """
     args = trainer.args
     loss_only = args.prediction_loss_only if loss_only is None else loss_only
@@ -69,6 +72,7 @@ def evaluation_loop(trainer, loader, loss_only: bool | None, ignore_keys, prefix
     for number, (inputs, last) in enumerate(_mark_last(loader)):
         counts = _examples_per_rank(trainer, loader, number, inputs)
         num_seen += sum(counts)
+        trainer.metrics.muted = not counts[trainer.rank]
         loss, logits, labels = trainer.prediction_step(model, inputs, loss_only, ignore_keys=ignore_keys)
         if loss is not None:
             has_loss = True
@@ -80,6 +84,7 @@ def evaluation_loop(trainer, loader, loss_only: bool | None, ignore_keys, prefix
         if args.eval_accumulation_steps and (number + 1) % args.eval_accumulation_steps == 0:
             kept.to_cpu()
         trainer.control = trainer.callback_handler.on_prediction_step(args, trainer.state, trainer.control)
+    trainer.metrics.muted = False
     if trainer.world > 1:
         sums = trainer._sum_over_ranks(sums)
     total, examples = sums.tolist()

@@ -19,11 +19,10 @@ from transformers import TrainingArguments
 from ..config import AlignConfig, arg
 from ..config_groups import CausalOnlyArgs
 from ..data.batch import TokenBatch
-from ..given_data import GivenDataTrainer
-from ..pairs import PairArgs
-from ..policy import logits_forward
-from ..reference import Reference, ReferenceArgs
-from ..unpaired import judged_collator, judged_lengths, prepare_judged, record_unpaired, settle, unpaired_loss
+from ..given_data import GivenDataTrainer, passed_on
+from ..pairs import PairArgs, with_outputs
+from ..reference import ReferenceArgs
+from ..unpaired import adapt_judged, judged_collator, prepare_judged, record_unpaired, unpaired_loss
 
 logger = logging.getLogger(__name__)
 WEIGHT = "undesirable_weight"  # column: what an undesirable answer's loss is multiplied with
@@ -73,7 +72,8 @@ class BCOTrainer(GivenDataTrainer):
     _tag_names = ["fastalign", "bco"]
     args: BCOConfig
     answers = ("completion",)
-    reference: Reference | None = None
+    row_columns = ("label", WEIGHT)
+    reference_columns = ("ref_logps",)
 
     def __init__(
         self,
@@ -106,37 +106,9 @@ class BCOTrainer(GivenDataTrainer):
         self._embedding = None if embedding_func is None else (embedding_func, embedding_tokenizer)
         self._classifier: Tensor | None = None  # (E + 1,) weights and bias
         super().__init__(
-            model_init() if model is None and model_init is not None else model,
-            args,
-            data_collator,
-            train_dataset,
-            eval_dataset,
-            processing_class,
-            quantization_config,
-            peft_config,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            **passed_on(locals(), "model_adapter_name", "ref_adapter_name", "embedding_func", "embedding_tokenizer")
         )
         self._mean, self._count = torch.zeros(2, dtype=self.metrics.dtype, device=self.args.device)
-        self.reference = settle(
-            self,
-            ref_model,
-            data_collator,
-            has_new_adapter=peft_config is not None,
-            quantization_config=quantization_config,
-        )
-
-    @property
-    def ref_model(self):
-        """The second model, None where the reference needs none."""
-        return None if self.reference is None else self.reference.model
-
-    def check(self, sample: dict) -> None:
-        """Refuse data with images."""
-        if self.has_images:
-            raise ValueError("The dataset has images, which BCOTrainer does not take. Drop the image columns.")
 
     # Data
 
@@ -204,21 +176,13 @@ class BCOTrainer(GivenDataTrainer):
         )
         return found.float().numpy()
 
-    def _prepared(self, dataset, name: str, training: bool):
-        dataset = super()._prepared(dataset, name, training)
-        return dataset if self.reference is None else self.reference.complete(dataset, name)
-
     def make_collator(self):
         """Batches of prompts and their answers."""
-        return judged_collator(self, extras=("label", "ref_logps", WEIGHT))
+        return judged_collator(self)
 
-    def example_lengths(self, dataset) -> np.ndarray:
-        """Tokens that each row takes in a batch, (rows,) int64."""
-        return judged_lengths(self, dataset)
-
-    def _set_signature_columns_if_needed(self) -> None:
-        if self._signature_columns is None:
-            self._signature_columns = ["prompt_ids", "completion_ids", "label", "ref_logps", WEIGHT]
+    def adapt_collator(self, given):
+        """A user's collator of judged answers."""
+        return adapt_judged(self, given)
 
     # Loss
 
@@ -245,10 +209,7 @@ class BCOTrainer(GivenDataTrainer):
         loss = self.with_router_loss(found.loss, found.aux_loss, None)
         self.metrics.mean("delta", found.result.baseline)
         record_unpaired(self, inputs, found.result)
-        if not return_outputs:
-            return loss
-        with torch.no_grad():
-            return loss, logits_forward(model, inputs)
+        return with_outputs(model, inputs, loss, return_outputs)
 
     # Checkpoints
 

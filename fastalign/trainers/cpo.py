@@ -9,18 +9,9 @@ from transformers import TrainingArguments
 from ..config import AlignConfig, arg
 from ..config_groups import CausalOnlyArgs
 from ..data.batch import TokenBatch
-from ..given_data import GivenDataTrainer
-from ..pairs import PairArgs
-from ..reference_free import (
-    answer_collator,
-    answer_lengths,
-    answer_step,
-    check_loss,
-    check_model,
-    prepare_answers,
-    settle,
-    with_outputs,
-)
+from ..given_data import GivenDataTrainer, passed_on
+from ..pairs import PairArgs, answer_collator, prepare_answers, with_outputs
+from ..reference_free import answer_step, check_loss, check_model
 
 ANSWERS = ("chosen", "rejected")
 LOSS_TYPES = ("sigmoid", "hinge", "ipo", "simpo")
@@ -65,6 +56,7 @@ class CPOTrainer(GivenDataTrainer):
     _name = "CPO"
     _tag_names = ["fastalign", "cpo"]
     args: CPOConfig
+    answers = ANSWERS
     loss_is_normalized = False
 
     def __init__(
@@ -83,24 +75,10 @@ class CPOTrainer(GivenDataTrainer):
         compute_metrics=None,
         quantization_config=None,
     ):
-        super().__init__(
-            model_init() if model is None and model_init is not None else model,
-            args,
-            data_collator,
-            train_dataset,
-            eval_dataset,
-            processing_class,
-            quantization_config,
-            peft_config,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-        )
-        settle(self, data_collator, ANSWERS)
+        super().__init__(**passed_on(locals()))
 
     def check(self, sample: dict) -> None:
-        """Refuse models with an encoder, and images."""
+        """Refuse models with an encoder."""
         check_model(self)
 
     def prepare_dataset(self, dataset, name: str, training: bool):
@@ -109,11 +87,7 @@ class CPOTrainer(GivenDataTrainer):
 
     def make_collator(self):
         """Pairs of answers, flat or padded, that share their prompt where it pays."""
-        return answer_collator(self, ANSWERS)
-
-    def example_lengths(self, dataset):
-        """Tokens that each row takes in a batch."""
-        return answer_lengths(self, dataset, ANSWERS)
+        return answer_collator(self)
 
     def compute_loss(self, model, inputs: TokenBatch, return_outputs: bool = False, num_items_in_batch=None):
         """Mean over the pairs plus `cpo_alpha` times the mean NLL of the chosen completions' tokens."""
@@ -132,4 +106,4 @@ class CPOTrainer(GivenDataTrainer):
             alpha=args.alpha,
         )
         self.metrics.mean("nll_loss", 0.0 if found.nll is None else found.nll)
-        return with_outputs(self, model, inputs, loss, return_outputs)
+        return with_outputs(model, inputs, loss, return_outputs)

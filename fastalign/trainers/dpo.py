@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import torch
 from fastalign_kernels.losses.preference import COUPLE_PAIRS, PREFERENCE_LOSSES, check_preference_loss
 from transformers import TrainingArguments
 
-from ..bema import BEMACallback
 from ..config import AlignConfig, arg
 from ..config_groups import one_of
 from ..data.batch import TokenBatch
 from ..data.pair_batches import AnswerCollator
-from ..data.preferences import prepare_preference_dataset
-from ..given_data import GivenDataTrainer
+from ..given_data import GivenDataTrainer, passed_on
 from ..loop.health import watch_drift
-from ..pairs import PairAdapter, PairArgs, disable_dropout, group_lengths, pair_loss, record_pairs, sharing
-from ..policy import logits_forward
-from ..reference import Reference, ReferenceArgs
+from ..pairs import PairArgs, answer_collator, pair_loss, prepare_answers, record_pairs, with_outputs
+from ..reference import ReferenceArgs
 
 ANSWERS = ("chosen", "rejected")
 DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
@@ -93,7 +89,8 @@ class DPOTrainer(GivenDataTrainer):
     _name = "DPO"
     _tag_names = ["fastalign", "dpo"]
     args: DPOConfig
-    reference: Reference | None = None
+    answers = ANSWERS
+    reference_columns = ("ref_chosen_logps", "ref_rejected_logps")
 
     def __init__(
         self,
@@ -110,86 +107,19 @@ class DPOTrainer(GivenDataTrainer):
         quantization_config=None,
         peft_config=None,
     ):
-        super().__init__(
-            model,
-            args,
-            data_collator,
-            train_dataset,
-            eval_dataset,
-            processing_class,
-            quantization_config,
-            peft_config,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
-        if data_collator is not None:
-            self.data_collator = PairAdapter(data_collator, flat=self.policy.flat)
-        if self.args.disable_dropout:
-            disable_dropout(self.model)
-        self.reference = Reference.make(
-            self, ref_model, has_new_adapter=peft_config is not None, quantization_config=quantization_config
-        )
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, BEMACallback):
-                callback.ref_model = self.ref_model
-
-    @property
-    def ref_model(self):
-        """The second model, None where the reference needs none."""
-        return None if self.reference is None else self.reference.model
-
-    def check(self, sample: dict) -> None:
-        """Refuse data with images."""
-        if self.has_images:
-            raise ValueError("The dataset has images, which DPOTrainer does not take. Drop the image columns.")
+        super().__init__(**passed_on(locals()))
 
     # Data
 
     def prepare_dataset(self, dataset, name: str, training: bool):
         """Raw rows -> `prompt_ids`, `chosen_ids`, `rejected_ids`."""
-        args = self.args
-        return prepare_preference_dataset(
-            dataset,
-            self.loaded.processing_class,
-            max_length=args.max_length,
-            truncation_mode=args.truncation_mode,
-            num_proc=args.dataset_num_proc,
-            name=name,
-            bad_rows=args.bad_rows,
-        )
-
-    def _prepared(self, dataset, name: str, training: bool):
-        dataset = super()._prepared(dataset, name, training)
-        return dataset if self.reference is None else self.reference.complete(dataset, name)
+        return prepare_answers(self, dataset, name, ANSWERS)
 
     def make_collator(self) -> AnswerCollator:
         """Flat batches, with shared prompts where that saves work, or padded ones."""
-        args, policy = self.args, self.policy
-        if args.padding_free and not policy.flat:
-            raise ValueError(f"`padding_free=True`, but this model needs padded rows: {policy.reason}.")
-        return AnswerCollator(
-            ANSWERS,
-            pad_token_id=cast(int, self.loaded.tokenizer.pad_token_id),
-            flat=policy.flat,
-            share=sharing(self, self.train_dataset, ANSWERS),
-            vocab_size=self.model.get_input_embeddings().weight.shape[0],
-            pad_to_multiple_of=args.padding_multiple,
-            max_length=args.max_length,
-            truncation_mode=args.truncation_mode,
-        )
-
-    def example_lengths(self, dataset) -> np.ndarray:
-        """Tokens that each pair takes in a batch, (rows,) int64."""
-        if self.args.length_column_name in dataset.column_names:
-            return super().example_lengths(dataset)
-        share = getattr(self.data_collator, "share", False)
-        return group_lengths(dataset, ANSWERS, flat=self.policy.flat, share=share, limits=self.args)
-
-    def _set_signature_columns_if_needed(self) -> None:
-        if self._signature_columns is None:
-            ids = [f"{name}_ids" for name in ("prompt", *ANSWERS)]
-            self._signature_columns = [*ids, "ref_chosen_logps", "ref_rejected_logps"]
+        if self.args.padding_free and not self.policy.flat:
+            raise ValueError(f"`padding_free=True`, but this model needs padded rows: {self.policy.reason}.")
+        return answer_collator(self)
 
     # Loss
 
@@ -218,10 +148,7 @@ class DPOTrainer(GivenDataTrainer):
         record_pairs(self.metrics, inputs, found.result)
         logps = torch.stack([found.result.chosen_logps, found.result.rejected_logps], 1).flatten()
         watch_drift(self.metrics, logps - ref_logps.to(logps.device), inputs.extras["lengths"])
-        if not return_outputs:
-            return loss
-        with torch.no_grad():
-            return loss, logits_forward(model, inputs)
+        return with_outputs(model, inputs, loss, return_outputs)
 
     def prediction_step(self, model, inputs, prediction_loss_only: bool, ignore_keys=None):
         """(loss, logits, labels) of one batch, chosen rows before rejected ones, without gradients."""

@@ -6,7 +6,6 @@ import logging
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import TrainingArguments
@@ -15,11 +14,12 @@ from ..config import AlignConfig, arg
 from ..config_groups import one_of
 from ..data.batch import TokenBatch
 from ..data.preferences import rotate_completions
-from ..given_data import GivenDataTrainer
-from ..pairs import PairArgs
-from ..policy import logits_forward
-from ..reference import Reference, ReferenceArgs
-from ..unpaired import judged_collator, judged_lengths, prepare_judged, record_unpaired, settle, unpaired_loss
+from ..free_tokens import teach_layers
+from ..given_data import GivenDataTrainer, passed_on
+from ..pairs import PairArgs, with_outputs
+from ..policy import PolicyInfo
+from ..reference import ReferenceArgs
+from ..unpaired import adapt_judged, judged_collator, prepare_judged, record_unpaired, unpaired_loss
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class KTOTrainer(GivenDataTrainer):
     _name = "KTO"
     _tag_names = ["fastalign", "kto"]
     args: KTOConfig
-    reference: Reference | None = None
+    row_columns = ("label",)
 
     def __init__(
         self,
@@ -88,37 +88,11 @@ class KTOTrainer(GivenDataTrainer):
         quantization_config=None,
         peft_config=None,
     ):
-        super().__init__(
-            model,
-            args,
-            data_collator,
-            train_dataset,
-            eval_dataset,
-            processing_class,
-            quantization_config,
-            peft_config,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
-        self.reference = settle(
-            self,
-            ref_model,
-            data_collator,
-            has_new_adapter=peft_config is not None,
-            quantization_config=quantization_config,
-        )
-
-    @property
-    def ref_model(self):
-        """The second model, None where the reference needs none."""
-        return None if self.reference is None else self.reference.model
+        super().__init__(**passed_on(locals()))
 
     def check(self, sample: dict) -> None:
-        """Refuse images, and batches that mismatched answers cannot be formed in."""
+        """Refuse batches that mismatched answers cannot be formed in."""
         args = self.args
-        if self.has_images:
-            raise ValueError("The dataset has images, which KTOTrainer does not take. Drop the image columns.")
         if not args.estimates_kl:
             return
         if args.train_sampling_strategy != "sequential":
@@ -145,27 +119,30 @@ class KTOTrainer(GivenDataTrainer):
             return dataset
         return rotate_completions(dataset, args.per_device_train_batch_size)
 
-    def _prepared(self, dataset, name: str, training: bool):
-        dataset = super()._prepared(dataset, name, training)
-        return dataset if self.reference is None else self.reference.complete(dataset, name)
-
     @property
     def answers(self) -> tuple[str, ...]:
         """The columns of answers that a row has, without "_ids"."""
         return ("completion", "kl_completion") if self.args.estimates_kl else ("completion",)
 
+    @property
+    def reference_columns(self) -> tuple[str, ...]:
+        """The reference's log-probabilities of these answers."""
+        return ("ref_logps", "ref_kl_logps")[: len(self.answers)]
+
+    def prepare_model(self) -> PolicyInfo:
+        """Flat batches where the model takes them, in which mismatched answers need no gradient."""
+        info = super().prepare_model()
+        if info.flat and self.args.estimates_kl:
+            teach_layers(self.model)
+        return info
+
     def make_collator(self):
         """Batches in which the mismatched answers share the prompts, and need no gradient."""
         return judged_collator(self)
 
-    def example_lengths(self, dataset) -> np.ndarray:
-        """Tokens that each row takes in a batch, (rows,) int64."""
-        return judged_lengths(self, dataset)
-
-    def _set_signature_columns_if_needed(self) -> None:
-        if self._signature_columns is None:
-            ids = [f"{name}_ids" for name in ("prompt", *self.answers)]
-            self._signature_columns = [*ids, "label", "ref_logps", "ref_kl_logps"]
+    def adapt_collator(self, given):
+        """A user's collator of judged answers."""
+        return adapt_judged(self, given)
 
     # Loss
 
@@ -191,10 +168,7 @@ class KTOTrainer(GivenDataTrainer):
         loss = self.with_router_loss(found.loss, found.aux_loss, None)
         self.metrics.mean("kl", 0.0 if found.result.baseline is None else found.result.baseline)
         record_unpaired(self, inputs, found.result)
-        if not return_outputs:
-            return loss
-        with torch.no_grad():
-            return loss, logits_forward(model, inputs)
+        return with_outputs(model, inputs, loss, return_outputs)
 
 
 def _check_weights(labels: np.ndarray, args: KTOConfig) -> None:

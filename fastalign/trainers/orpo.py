@@ -11,17 +11,9 @@ from transformers import TrainingArguments
 from ..config import AlignConfig, arg
 from ..config_groups import CausalOnlyArgs
 from ..data.batch import TokenBatch
-from ..given_data import GivenDataTrainer
-from ..pairs import PairArgs
-from ..reference_free import (
-    answer_collator,
-    answer_lengths,
-    answer_step,
-    check_model,
-    prepare_answers,
-    settle,
-    with_outputs,
-)
+from ..given_data import GivenDataTrainer, passed_on
+from ..pairs import PairArgs, answer_collator, prepare_answers, with_outputs
+from ..reference_free import answer_step, check_model
 
 ANSWERS = ("chosen", "rejected")
 
@@ -53,6 +45,7 @@ class ORPOTrainer(GivenDataTrainer):
     _name = "ORPO"
     _tag_names = ["fastalign", "orpo"]
     args: ORPOConfig
+    answers = ANSWERS
     loss_is_normalized = False
 
     def __init__(
@@ -71,24 +64,10 @@ class ORPOTrainer(GivenDataTrainer):
         compute_metrics=None,
         quantization_config=None,
     ):
-        super().__init__(
-            model_init() if model is None and model_init is not None else model,
-            args,
-            data_collator,
-            train_dataset,
-            eval_dataset,
-            processing_class,
-            quantization_config,
-            peft_config,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-        )
-        settle(self, data_collator, ANSWERS)
+        super().__init__(**passed_on(locals()))
 
     def check(self, sample: dict) -> None:
-        """Refuse models with an encoder, and images."""
+        """Refuse models with an encoder."""
         check_model(self)
 
     def prepare_dataset(self, dataset, name: str, training: bool):
@@ -97,14 +76,10 @@ class ORPOTrainer(GivenDataTrainer):
 
     def make_collator(self):
         """Pairs of answers, flat or padded, sharing prompts where it pays; the NLL also scores chosen prompts."""
-        collator = answer_collator(self, ANSWERS, score_prompt=("chosen",))
+        collator = answer_collator(self, score_prompt=("chosen",))
         if self.args.padding_value is not None:
             collator.pad_token_id = self.args.padding_value
         return collator
-
-    def example_lengths(self, dataset):
-        """Tokens that each row takes in a batch."""
-        return answer_lengths(self, dataset, ANSWERS)
 
     def compute_loss(self, model, inputs: TokenBatch, return_outputs: bool = False, num_items_in_batch=None):
         """Mean NLL of the chosen sequences' tokens, prompts included, minus `beta` times the mean log sigmoid."""
@@ -114,4 +89,4 @@ class ORPOTrainer(GivenDataTrainer):
         self.metrics.mean("nll_loss", 0.0 if found.nll is None else found.nll)
         self.metrics.mean("log_odds_ratio", F.logsigmoid(log_odds).sum(), num_pairs)  # TRL's names
         self.metrics.mean("log_odds_chosen", log_odds.sum(), num_pairs)
-        return with_outputs(self, model, inputs, loss, return_outputs)
+        return with_outputs(model, inputs, loss, return_outputs)

@@ -11,13 +11,12 @@ from fastalign_kernels.losses.reward import process_reward_loss
 from torch import Tensor
 from transformers import AutoModelForTokenClassification, EvalPrediction
 
-from ..adapters import for_task
 from ..config import AlignConfig, arg
 from ..config_groups import LoadArgs, RowArgs
 from ..data.batch import TokenBatch
 from ..data.stepwise import StepCollator, prepare_stepwise_dataset
-from ..given_data import GivenDataTrainer
-from ..pairs import disable_dropout
+from ..given_data import GivenDataTrainer, passed_on
+from ..models import set_pad_token
 from ..policy import PolicyInfo, unwrap
 from ..reward_head import prepare_reward_model, score_loss, warn_of_untrained_head
 
@@ -62,6 +61,7 @@ class PRMTrainer(GivenDataTrainer):
     config_class = PRMConfig
     model_kind = AutoModelForTokenClassification
     num_labels = 2
+    task = "TOKEN_CLS"
     _name = "PRM"
     _tag_names = ["fastalign", "prm"]
     args: PRMConfig
@@ -84,24 +84,8 @@ class PRMTrainer(GivenDataTrainer):
     ):
         if (model is None) == (model_init is None):
             raise ValueError("Give the model once: as `model`, or as `model_init`, a function that returns it.")
-        super().__init__(
-            model_init() if model_init else model,
-            args,
-            None,
-            train_dataset,
-            eval_dataset,
-            processing_class,
-            quantization_config,
-            for_task(peft_config, "TOKEN_CLS"),
-            compute_metrics=compute_metrics or step_accuracy,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-        )
-        if data_collator is not None:
-            self.data_collator = _StepsOfRows(data_collator, self.make_collator())
-        if self.args.disable_dropout:
-            disable_dropout(self.model)
+        compute_metrics = compute_metrics or step_accuracy
+        super().__init__(**passed_on(locals()))
         warn_of_untrained_head(self.model)
 
     def check(self, sample: dict) -> None:
@@ -140,6 +124,11 @@ class PRMTrainer(GivenDataTrainer):
             vocab_size=self.model.get_input_embeddings().weight.shape[0],
             pad_to_multiple_of=self.args.padding_multiple,
         )
+
+    def adapt_collator(self, given):
+        """A user's collator of `input_ids` and `labels`."""
+        set_pad_token(self.loaded, self.args.pad_token)
+        return _StepsOfRows(given, self.make_collator())
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:

@@ -6,22 +6,20 @@ import warnings
 from dataclasses import dataclass
 from typing import Any, cast
 
-import numpy as np
 import torch
 from fastalign_kernels.losses.reward import bradley_terry_loss
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
-from ..adapters import for_task
 from ..config import AlignConfig, arg
 from ..config_groups import LoadArgs, RowArgs
 from ..data.batch import TokenBatch, name_read
 from ..data.pair_batches import AnswerCollator
 from ..data.preferences import prepare_reward_dataset
-from ..given_data import GivenDataTrainer
+from ..given_data import GivenDataTrainer, passed_on
 from ..loop.health import watch_pulls
-from ..models import set_chat_template, set_eos_token
-from ..pairs import AnswerArgs, disable_dropout, group_lengths, sharing
+from ..models import set_chat_template, set_eos_token, set_pad_token
+from ..pairs import AnswerArgs, answer_collator
 from ..policy import PolicyInfo
 from ..reward_head import prepare_reward_model, read_before_padding, score_loss, warn_of_untrained_head
 
@@ -68,6 +66,9 @@ class RewardTrainer(GivenDataTrainer):
     config_class = RewardConfig
     model_kind = AutoModelForSequenceClassification
     num_labels = 1
+    task = "SEQ_CLS"
+    answers = ANSWERS
+    row_columns = ("margin",)
     loss_is_normalized = False
     _name = "Reward"
     _tag_names = ["fastalign", "reward-trainer"]
@@ -89,25 +90,7 @@ class RewardTrainer(GivenDataTrainer):
         quantization_config=None,
         peft_config=None,
     ):
-        super().__init__(
-            model,
-            args,
-            None,
-            train_dataset,
-            eval_dataset,
-            processing_class,
-            quantization_config,
-            for_task(peft_config, "SEQ_CLS"),
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-        )
-        if data_collator is not None:
-            self.data_collator = _PairsOfRows(data_collator, self.make_collator())
-        if self.args.disable_dropout:
-            disable_dropout(self.model)
+        super().__init__(**passed_on(locals()))
         warn_of_untrained_head(self.model)
 
     def check(self, sample: dict) -> None:
@@ -155,27 +138,12 @@ class RewardTrainer(GivenDataTrainer):
 
     def make_collator(self) -> RewardCollator:
         """Flat batches, with shared beginnings where that saves work, or padded ones."""
-        return RewardCollator(
-            ANSWERS,
-            pad_token_id=cast(int, self.loaded.tokenizer.pad_token_id),
-            flat=self.policy.flat,
-            share=sharing(self, self.train_dataset, ANSWERS),
-            vocab_size=self.model.get_input_embeddings().weight.shape[0],
-            pad_to_multiple_of=self.args.padding_multiple,
-            read="last",
-            extras=("margin",),
-        )
+        return answer_collator(self, RewardCollator, read="last")
 
-    def example_lengths(self, dataset) -> np.ndarray:
-        """Tokens that each pair takes in a batch, (rows,) int64."""
-        if self.args.length_column_name in dataset.column_names:
-            return super().example_lengths(dataset)
-        share = getattr(self.data_collator, "share", False)
-        return group_lengths(dataset, ANSWERS, flat=self.policy.flat, share=share)
-
-    def _set_signature_columns_if_needed(self) -> None:
-        if self._signature_columns is None:
-            self._signature_columns = ["prompt_ids", "chosen_ids", "rejected_ids", "margin"]
+    def adapt_collator(self, given):
+        """A user's collator of `chosen_ids` and `rejected_ids`, whole sequences."""
+        set_pad_token(self.loaded, self.args.pad_token)
+        return _PairsOfRows(given, self.make_collator())
 
     # Loss
 

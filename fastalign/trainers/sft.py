@@ -21,7 +21,7 @@ from ..data.formats import is_conversational
 from ..data.packing import pack_dataset
 from ..data.tokenize import prepare_sft_dataset
 from ..data.vision import VisionCollator
-from ..given_data import GivenDataTrainer
+from ..given_data import GivenDataTrainer, passed_on
 from ..loop.model_inputs import labels_of
 from ..models import set_chat_template, set_eos_token
 from ..policy import logits_forward, token_loss, token_stats
@@ -93,6 +93,7 @@ class SFTTrainer(GivenDataTrainer):
     """
 
     config_class = SFTConfig
+    takes_images = True
     _name = "SFT"
     _tag_names = ["fastalign", "sft"]
     args: SFTConfig
@@ -117,22 +118,7 @@ class SFTTrainer(GivenDataTrainer):
     ):
         self._formatting_func, self.compute_loss_func = formatting_func, compute_loss_func
         self._collator_given = data_collator is not None and not isinstance(data_collator, TokenCollator)
-        super().__init__(
-            model,
-            args,
-            data_collator,
-            train_dataset,
-            eval_dataset,
-            processing_class,
-            quantization_config,
-            peft_config,
-            compute_loss_func=compute_loss_func,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-        )
+        super().__init__(**passed_on(locals(), "formatting_func"))
         self._check_flat()
 
     # Set-up

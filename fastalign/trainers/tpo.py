@@ -8,18 +8,9 @@ from transformers import TrainingArguments
 
 from ..config import AlignConfig, arg
 from ..data.batch import TokenBatch
-from ..given_data import GivenDataTrainer
-from ..pairs import OUTPUTS, PairArgs
-from ..reference_free import (
-    answer_collator,
-    answer_lengths,
-    answer_step,
-    check_loss,
-    check_model,
-    prepare_answers,
-    settle,
-    with_outputs,
-)
+from ..given_data import GivenDataTrainer, passed_on
+from ..pairs import OUTPUTS, PairArgs, answer_collator, prepare_answers, with_outputs
+from ..reference_free import answer_step, check_loss, check_model
 
 ANSWERS = ("chosen", "rejected", "reference")
 LOSS_TYPES = ("sigmoid", "hinge", "ipo", "tpo-l")
@@ -77,23 +68,10 @@ class TPOTrainer(GivenDataTrainer):
         peft_config=None,
         quantization_config=None,
     ):
-        super().__init__(
-            model,
-            args,
-            data_collator,
-            train_dataset,
-            eval_dataset,
-            processing_class,
-            quantization_config,
-            peft_config,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
-        settle(self, data_collator, self.answers)
+        super().__init__(**passed_on(locals()))
 
     def check(self, sample: dict) -> None:
-        """Refuse models with an encoder, and images."""
+        """Refuse models with an encoder."""
         check_model(self)
 
     @property
@@ -107,11 +85,7 @@ class TPOTrainer(GivenDataTrainer):
 
     def make_collator(self):
         """Triples of answers, flat or padded, that share their prompt where it pays."""
-        return answer_collator(self, self.answers)
-
-    def example_lengths(self, dataset):
-        """Tokens that each row takes in a batch."""
-        return answer_lengths(self, dataset, self.answers)
+        return answer_collator(self)
 
     def compute_loss(self, model, inputs: TokenBatch, return_outputs: bool = False, num_items_in_batch=None):
         """Mean over the pairs plus `tpo_alpha` times the mean NLL of the gold answers' tokens."""
@@ -129,4 +103,4 @@ class TPOTrainer(GivenDataTrainer):
             label_smoothing=args.label_smoothing,
             tpo_l_gamma=args.tpo_l_gamma,
         )
-        return with_outputs(self, model, inputs, loss, return_outputs)
+        return with_outputs(model, inputs, loss, return_outputs)

@@ -120,7 +120,7 @@ class _PairObjective:
             nll = -(stats.logp * self.answers.of_answer(self.nll_answer, span)).sum() / self.nll_divisor
             total = total + self.nll_alpha * nll
             details.append(nll)
-        return total, details
+        return _as_logp(stats, total, details)
 
     def _pair(self, values: Tensor) -> tuple[Tensor, Tensor]:
         by_answer = values.view(-1, self.answers.per_group)
@@ -155,6 +155,11 @@ class _PairObjective:
         lengths = {"chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths}
         own = {"chosen_nll": chosen_nll, "weights": weights}
         return preference_loss(chosen, rejected, *references, **lengths, **own, **self.settings)  # pyright: ignore
+
+
+def _as_logp(stats: TokenStats, total: Tensor, details: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """A loss and its details, made of fp64 sums, in the type of the tokens' logp."""
+    return total.to(stats.logp.dtype), [value.to(stats.logp.dtype) for value in details]
 
 
 def _types(settings: dict[str, Any]) -> list[str]:
@@ -335,7 +340,7 @@ def linear_unpaired_loss(
             losses, rewards = bco_loss(logps, known[part], labels[part], shift, **own)  # pyright: ignore
         else:
             losses, rewards = kto_loss(logps, known[part], labels[part], shift, loss_type=loss_type, **settings)
-        return losses.sum() / divisor, [losses, logps, rewards]
+        return _as_logp(stats, losses.sum() / divisor, [losses, logps, rewards])
 
     names, coupled = ["logp", *outputs], callable(baseline)
     head = {"bias": bias, "form": form, "chunk": chunk, "low_rank": low_rank, "shard": shard}
