@@ -58,7 +58,8 @@ def train(folder: pathlib.Path, data: str, warm_up: int, steps: int) -> tuple[fl
     sizes = "--per_device_train_batch_size 8 --learning_rate 1e-3 --save_strategy steps --save_steps 1000000"
     run([*sft.split(), columns, *sizes.split(), *COMMON.split(), data], folder)
     grpo = f"grpo --model_name_or_path sft --output_dir grpo --use_vllm --max_steps {steps} --learning_rate 1e-5"
-    grpo += f" --per_device_train_batch_size {BATCH} --num_generations {GENERATIONS} --dataset_columns prompt=question"
+    grpo += f" --per_device_train_batch_size {BATCH} --num_generations {GENERATIONS}"
+    grpo += " --dataset_columns prompt=question,answer=answer"
     grpo += (
         f" --max_completion_length {LONGEST} --reward_funcs problem_rewards.has_result problem_rewards.right_result"
     )
