@@ -3,8 +3,8 @@
     python benchmarks/preferences_against_trl.py --data pairs.jsonl --steps 20 --repeats 3
 
 `--data` is a jsonl file with the columns `prompt`, `chosen` and `rejected`; without it, texts of the lengths of
-grade-school problems are made up. The mode `dpo_shared` always has prompts of about 500 tokens and answers of about
-100. Runs of the two libraries alternate, so that a drift of the machine meets both; medians go to benchmarks/results/.
+grade-school problems are made up. In the modes `dpo_shared` and
+`reward_shared` prompts always have about 500 tokens and answers about 100. Runs of the two libraries alternate, so that a drift of the machine meets both; medians go to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ MODES = {  # name -> (trainer, rows, settings of both libraries)
     "dpo_cached": ("DPO", "pairs", {"precompute_ref_log_probs": True}),
     "kto": ("KTO", "judged", {}),
     "reward": ("Reward", "pairs", {}),
+    "reward_shared": ("Reward", "long", {}),
 }
-LONG = 500, 100  # words of a prompt and of an answer in `dpo_shared`
+LONG = 500, 100  # words of a prompt and of an answer in `*_shared`
 
 
 def make_rows(n: int, words_of_prompt: float, words_of_answer: float, spread: float, seed: int = 0) -> list[dict]:
