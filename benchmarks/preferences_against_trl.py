@@ -3,8 +3,9 @@
     python benchmarks/preferences_against_trl.py --data pairs.jsonl --steps 20 --repeats 3
 
 `--data` is a jsonl file with the columns `prompt`, `chosen` and `rejected`; without it, texts of the lengths of
-grade-school problems are made up. In the modes `dpo_shared` and
-`reward_shared` prompts always have about 500 tokens and answers about 100. Runs of the two libraries alternate, so that a drift of the machine meets both; medians go to benchmarks/results/.
+grade-school problems are made up. In the modes `dpo_shared` and `reward_shared` prompts always have about 500 tokens
+and answers about 100. Runs of the two libraries alternate, so that a drift of the machine meets both; medians go to
+benchmarks/results/.
 """
 
 from __future__ import annotations
