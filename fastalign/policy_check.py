@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .data.batch import TokenBatch
 from .data.collate import collate_flat
 from .free_tokens import Layer, reading, teach_layers
+from .scoring_head import body_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ def packed_errors(base: Any, score: Score, alone: Alone) -> tuple[str | None, st
     first, second = random_segments(base)
     own, size = zip(*(alone(segment) for segment in (first, second)), strict=True)
     joined, _ = alone(torch.cat([first, second]))
-    half = base.get_input_embeddings().weight.dtype.itemsize < 4
+    half = _dtype(base).itemsize < 4
     # in half precision an expert may flip for single tokens: a leak between segments moves most of them
     worst = torch.median if half else torch.max
     leak = worst((joined[-len(own[1]) :] - own[1]).abs()).item()
@@ -166,9 +167,14 @@ def _own_logp(logits: Logits, segment: Tensor) -> tuple[Tensor, float]:
     return logp, found.abs().max().item()
 
 
+def _dtype(base: Any) -> torch.dtype:
+    """What its layers compute in."""
+    return body_dtype(base) or base.get_input_embeddings().weight.dtype
+
+
 def _limit(base: Any, size: float, limits: dict[torch.dtype, float]) -> float:
     weight = base.get_input_embeddings().weight
-    limit = limits.get(weight.dtype, limits[torch.bfloat16])
+    limit = limits.get(_dtype(base), limits[torch.bfloat16])
     if weight.is_cuda:
         limit = max(limit, limits[torch.float16])  # fp32 may be multiplied in TF32
     return limit * max(1.0, size / 10)

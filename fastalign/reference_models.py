@@ -17,6 +17,7 @@ from .loop.distributed import is_fsdp
 from .loop.model_setup import place_model
 from .models import load_model, model_name
 from .policy import prepare_policy
+from .scoring_head import body_dtype
 
 logger = logging.getLogger(__name__)
 REF_ADAPTER = "ref"
@@ -61,7 +62,7 @@ def resolve_reference(trainer, ref_model, quantization_config) -> Any:
         options["quantization_config"] = quantization_config
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED", "FSDP", "MULTI_CPU"):
         options["device_map"] = None
-    options.setdefault("dtype", policy.dtype)
+    options.setdefault("dtype", body_dtype(policy) or policy.dtype)
     if not trainer.policy.flat:
         options.setdefault("attn_implementation", policy.config._attn_implementation)
     trust = options.pop("trust_remote_code", args.trust_remote_code)

@@ -58,7 +58,10 @@ class ScoringHead:
         request = _request.get()
         if request is None or id(self) not in request.heads:
             ordinary: Any = super()
-            return ordinary.forward(hidden, *args, **kwargs)
+            if not hasattr(self, "fp32_head_of"):
+                return ordinary.forward(hidden, *args, **kwargs)
+            with torch.autocast(hidden.device.type, enabled=False):
+                return ordinary.forward(hidden.float(), *args, **kwargs)
         if request.mode == "scores":
             return _answer_scores(request, hidden, super().forward)  # pyright: ignore
         return _answer(self, request, hidden)  # pyright: ignore
@@ -103,6 +106,40 @@ def attach_heads(model: Any) -> frozenset[int]:
     return frozenset(id(module) for module in modules)
 
 
+def keep_head_in_fp32(model: Any) -> None:
+    """Weight, input and product of the output embedding in fp32, under autocast too (ScaleRL, arXiv:2510.13786).
+
+    Input embeddings that are tied to it go on giving the dtype they gave. ValueError for an adapter on the head and
+    for a head whose weight is not of floating point.
+    """
+    head = model.get_output_embeddings()
+    attach_heads(model)
+    is_adapted = hasattr(head, "token_adapter") or _is_peft(head, "lora")
+    if is_adapted or not all(module.weight.is_floating_point() for module in _copies(head)):
+        what = "carries an adapter" if is_adapted else "is quantised"
+        raise ValueError(
+            f"`cast_lm_head_to_fp32=True`, but the output embedding {what}. Leave it out of the adapter's "
+            "`target_modules` and of the quantisation, or set `cast_lm_head_to_fp32=False`."
+        )
+    embedding = model.get_input_embeddings()
+    if body_dtype(model) is None and any(module.weight is embedding.weight for module in _copies(head)):
+        embedding.register_forward_hook(functools.partial(_cast_output, head.weight.dtype))
+    for module in _copies(head):
+        if not hasattr(module, "fp32_head_of"):
+            module.fp32_head_of = module.weight.dtype
+            module.float()
+
+
+def body_dtype(model: Any) -> torch.dtype | None:
+    """What the layers of `model` compute in where its head is kept in fp32; None where the head is as they are."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return getattr(head, "fp32_head_of", None)
+
+
+def _cast_output(dtype: torch.dtype, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return output.to(dtype)
+
+
 def attach_classifier(model: Any) -> frozenset[int]:
     """`attach_heads` for the head of a classification model, `score` or `classifier`; empty where it has none."""
     head = next((found for name in CLASSIFIERS if (found := getattr(model, name, None)) is not None), None)
@@ -138,6 +175,7 @@ def _answer(module: nn.Module, request: ScoringRequest, hidden: Tensor) -> Tenso
         rows, weight, bias, *low_rank = _operands(module, rows.index_select(0, source))
         kind = rows.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        dtype = torch.float32 if hasattr(module, "fp32_head_of") else dtype
         rows, weight = rows.to(dtype), weight.to(dtype)
         options: dict[str, Any] = {"bias": None if bias is None else bias.to(dtype), "form": request.form}
         options["low_rank"] = tuple(factor.to(dtype) for factor in low_rank) or None

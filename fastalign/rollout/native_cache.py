@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache
 
+from ..scoring_head import body_dtype
+
 aten = torch.ops.aten
 Pair = tuple[Tensor, Tensor]  # keys and values
 
@@ -265,4 +267,5 @@ def bytes_per_token(model: Any) -> int:
     all_heads = getattr(config, "num_attention_heads", None) or 1
     heads = getattr(config, "num_key_value_heads", None) or all_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // all_heads
-    return 2 * config.num_hidden_layers * heads * size * model.dtype.itemsize
+    dtype = body_dtype(model) or model.dtype
+    return 2 * config.num_hidden_layers * heads * size * dtype.itemsize

@@ -12,7 +12,7 @@ from fastalign_kernels.head.token_stats import LogitForm
 from torch import Tensor, nn
 
 from ..logit_form import head_output_kept
-from ..scoring_head import ScoringRequest, attach_heads, scoring
+from ..scoring_head import ScoringRequest, attach_heads, body_dtype, scoring
 from .native_cohort import Cohort
 
 Owners = list[tuple[Cohort, list[int] | None]]  # whose next tokens: cohorts, and the places of their rows, None: all
@@ -81,7 +81,8 @@ def _answer(model: nn.Module, base: Any, form: LogitForm, inputs: dict[str, Any]
 def is_exact(base: Any, autocast: Callable[[], AbstractContextManager]) -> bool:
     """Sampled log-probabilities equal the training model's; with 16-bit products they round with the batch."""
     with autocast():
-        return base.dtype.itemsize >= 4 and not torch.is_autocast_enabled(base.device.type)
+        whole = (body_dtype(base) or base.dtype).itemsize >= 4
+        return whole and not torch.is_autocast_enabled(base.device.type)
 
 
 def _rows(cohort: Cohort, places: list[int] | None) -> Any:

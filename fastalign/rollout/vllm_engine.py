@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..adapters import is_peft_model
+from ..scoring_head import body_dtype
 from . import vllm_loading
 from .engine import Completion, Request, Sampling, SyncReport
 from .vllm_adapter import AdapterFiles, engine_options, why_merged
@@ -258,7 +259,7 @@ def needs_tokenizer(config: Any, sampling: Sampling) -> bool:
 
 def engine_dtype(model: Any, config: Any) -> torch.dtype:
     """What the engine computes in: the training weights' dtype, or that of autocast on an accelerator."""
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    dtype = body_dtype(model) or next(p.dtype for p in model.parameters() if p.is_floating_point())
     on_device = next(model.parameters()).device.type != "cpu"
     if dtype == torch.float32 and on_device and getattr(config, "bf16", False):
         return torch.bfloat16

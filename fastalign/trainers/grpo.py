@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from fastalign_kernels.head.policy import PolicyStats, linear_policy_loss
 from fastalign_kernels.losses.advantages import group_advantages
 from fastalign_kernels.losses.corrections import entropy_threshold, importance_weights
@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 
 from ..config import AlignConfig, arg
 from ..config_groups import ModelArgs, one_of
-from ..policy import head_loss
+from ..policy import head_loss, unwrap
 from ..reference import MovingReferenceArgs
 from ..rollout.buffer import Experience
 from ..rollout.config import BatchArgs, CompletionLogArgs, CorrectionArgs, EngineArgs, RewardArgs, SamplingArgs
@@ -28,9 +28,11 @@ from ..rollout.group_batches import GroupBatch
 from ..rollout.health import watch_update
 from ..rollout.loader import Step
 from ..rollout.replay import ReplayBuffer
+from ..rollout.setup import Sources
 from ..rollout.statistics import Mismatch
 from ..rollout.update import loss_weights
 from ..sampled_data import SampledDataTrainer
+from ..scoring_head import keep_head_in_fp32
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +68,9 @@ class GRPOConfig(
     learning_rate: float = arg(1e-6, "Initial learning rate.")
     remove_unused_columns: bool | None = arg(False, "Give reward functions no column but the prompt.")
     disable_dropout: bool = arg(False, "Switch dropout off in the policy and in the reference.")
-    cast_lm_head_to_fp32: bool = arg(False, "Not supported: the head computes in fp32 where that matters.")
+    cast_lm_head_to_fp32: bool = arg(
+        False, "Keep the head's weight, input and product in fp32, in policy and reference (arXiv:2510.13786)."
+    )
     loss_type: str = arg("dapo", "The loss; dppo and gmpo are not in TRL.", choices=[*LOSSES])
     importance_sampling_level: str = arg(
         "token", "Ratios of tokens, or of whole completions (GSPO, arXiv:2507.18071).", choices=[*LEVELS]
@@ -126,11 +130,6 @@ class GRPOConfig(
         one_of(self, "multi_objective_aggregation", AGGREGATIONS)
         if not 0 < self.top_entropy_quantile <= 1:
             raise ValueError(f"`top_entropy_quantile` is {self.top_entropy_quantile}; it must be above 0, at most 1.")
-        if self.cast_lm_head_to_fp32:
-            raise ValueError(
-                "`cast_lm_head_to_fp32=True` is not supported: the head's statistics and sums are in fp32 already. "
-                "Set it to False."
-            )
         if self.sync_ref_model and self.beta == 0.0:
             raise ValueError("`sync_ref_model=True` moves a reference, but with `beta=0.0` there is none. Set one.")
         if self.top_entropy_quantile < 1 and self.token_budget is not None:
@@ -201,9 +200,21 @@ class GRPOTrainer(SampledDataTrainer):
             rollout_func,
             environment_factory,
         )
+        if self.args.cast_lm_head_to_fp32 and self.reference is not None and self.reference.model is not None:
+            keep_head_in_fp32(unwrap(self.reference.model))
         self.entropy = EntropyControl(self.args)
         self.replay = ReplayBuffer(self.args.replay_buffer_size)
         self._ahead: Mismatch | None = None  # of samples that the present step does not see
+
+    def _make_parts(self, sources: Sources, reward_funcs, processing_classes) -> None:
+        if self.args.cast_lm_head_to_fp32:
+            if (kind := self.accelerator.distributed_type) in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+                raise ValueError(
+                    f"`cast_lm_head_to_fp32=True` is not supported under {kind.name}, which gives all weights of a "
+                    "unit one dtype. Set it to False, or load the whole model in float32."
+                )
+            keep_head_in_fp32(unwrap(self.model))
+        super()._make_parts(sources, reward_funcs, processing_classes)
 
     def check(self) -> None:
         """Refuse importance weights of tokens that were drawn from a part of the vocabulary."""
