@@ -23,7 +23,6 @@ from .policy import prepare_policy, token_stats
 from .policy_check import quiet
 from .reference import Reference
 from .rollout.buffer import Buffer, Experience
-from .rollout.choose import make_engine
 from .rollout.completions_log import CompletionsLog
 from .rollout.function_rollouts import FunctionRollouts
 from .rollout.generation import GenerationBatch, exchange, sample_share
@@ -34,7 +33,7 @@ from .rollout.overlap import Ahead
 from .rollout.prompts import check_prompts, end_ids, training_prompts
 from .rollout.rewards import RewardPool
 from .rollout.samples import Sample
-from .rollout.setup import Sources, add_own_rewards, make_collator, make_rewards, make_rollouts
+from .rollout.setup import Sources, add_own_rewards, make_collator, make_own_engine, make_rewards, make_rollouts
 from .rollout.statistics import UpdateStatistics, record_staleness
 from .rollout.update import attach, batches_of_step, remember, run_pass
 
@@ -57,6 +56,7 @@ class SampledDataTrainer(Trainer):
     attach = staticmethod(attach)
     _name = ""
     _tag_names: list[str] = []
+    _synced_step = -1  # steps that the weights of the engine have made; -1: brought anew before it samples
 
     def __init__(
         self,
@@ -116,11 +116,7 @@ class SampledDataTrainer(Trainer):
         self.collator = make_collator(self)
         self.reference: Reference | None = None
         self.has_tools = sources.has_tools
-        self.engine = None
-        if sources.rollout_func is None or args.use_vllm:
-            self.engine = make_engine(
-                args, self.model, self.processing_class, accelerator=self.accelerator, sampling=self.sampling
-            )
+        self.engine = make_own_engine(self, sources)
         self.rollouts = make_rollouts(self, sources)
         self.rewards = self.make_rewards(reward_funcs, processing_classes)
         add_own_rewards(self.rewards, self.rollouts)
@@ -128,7 +124,6 @@ class SampledDataTrainer(Trainer):
         self.completions_log = CompletionsLog(args) if shown else None
         self.train_loader: RolloutLoader | None = None
         self.ahead: Ahead | None = None
-        self._synced_step = -1
 
     # What algorithms override
 
@@ -189,7 +184,7 @@ class SampledDataTrainer(Trainer):
     def get_train_dataloader(self) -> Any:
         """Micro-batches of completions, sampled when they are asked for."""
         args, plan = self.args, self.batch_plan()
-        depth = getattr(args, "max_staleness", 0)
+        depth, self._synced_step = getattr(args, "max_staleness", 0), -1
         self.train_loader = RolloutLoader(
             self.train_dataset,
             plan,
@@ -244,7 +239,8 @@ class SampledDataTrainer(Trainer):
                 self.engine.sleep()
         self.metrics.mean("time/sampling", made.seconds)
         ends: set[Any] = {*self.end_ids, self.loaded.tokenizer.pad_token_id}
-        batch = GenerationBatch.of(made, plan.num_generations, ends, self.learns, training=training, left=left)
+        news = {"training": training, "left": left, "server": getattr(self.engine, "new_counts", dict)()}
+        batch = GenerationBatch.of(made, plan.num_generations, ends, self.learns, **news)
         self.score_ahead(batch)
         batch.scores = made.scores()
         exchange(
@@ -376,6 +372,10 @@ class SampledDataTrainer(Trainer):
         finally:
             if self.ahead is not None:
                 self.ahead.close()
+
+    def _end(self, metrics: dict[str, float]):
+        self._synced_step = -1  # the best weights may come back
+        return super()._end(metrics)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, and show completions."""

@@ -169,20 +169,35 @@ def test_ranks_share_the_completions_of_a_prompt():
     assert sorted(prompt_order(9, 3, 1)) == list(range(9)) != prompt_order(9, 3, 1).tolist()
 
 
-def test_two_ranks_do_what_one_process_does(tmp_path):
-    from grpo_ranks import CASES, run
-
-    expected = run(tmp_path / "one", world=1)
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """The folder in which two ranks have run `grpo_ranks.py`."""
+    folder = tmp_path_factory.mktemp("ranks")
     script = Path(__file__).with_name("grpo_ranks.py")
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(script.parent), *sys.path])}
     env.pop("ACCELERATE_USE_CPU", None)
     done = subprocess.run(
-        [*LAUNCH, *KINDS["ddp"][0], str(script), str(tmp_path)], env=env, capture_output=True, text=True, timeout=300
+        [*LAUNCH, *KINDS["ddp"][0], str(script), str(folder)], env=env, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    found = json.loads((tmp_path / "found.json").read_text())
+    return folder
+
+
+def test_two_ranks_do_what_one_process_does(two_ranks, tmp_path):
+    from grpo_ranks import CASES, run
+
+    expected = run(tmp_path, world=1)
+    found = json.loads((two_ranks / "found.json").read_text())
     for name in CASES:
         assert_same(found[name], expected[name], rel=5e-5)
+
+
+def test_two_ranks_resumed_within_a_generation_go_on_as_if_they_had_not_stopped(two_ranks):
+    first, second = (json.loads((two_ranks / f"resumed-{rank}.json").read_text()) for rank in (0, 1))
+    for found in (first, second):
+        assert found["again"]["weights"] == found["whole"]["weights"] == first["whole"]["weights"]
+    assert first["again"]["log"] == first["whole"]["log"] and len(first["whole"]["log"]) == 6
+    assert all(line["grad_norm"] > 0 for line in first["whole"]["log"])
 
 
 # Faults

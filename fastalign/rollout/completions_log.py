@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import shutil
 import textwrap
@@ -34,7 +35,8 @@ class CompletionsLog:
         import pandas
 
         table = pandas.DataFrame([{"step": step, **row} for row in rows])
-        table.to_parquet(self.folder / f"completions_{step:05d}.parquet")
+        with contextlib.nullcontext() if self._scheduler is None else self._scheduler.lock:  # sent whole or not yet
+            table.to_parquet(self.folder / f"completions_{step:05d}.parquet")
         print(render(rows, step, self.args.num_completions_to_print), flush=True)
         if self.args.log_unique_prompts:  # prompts may be messages, which cannot be compared as they are
             table = table[~table["prompt"].astype(str).duplicated()]

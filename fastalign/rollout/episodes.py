@@ -181,7 +181,7 @@ class _Run:
             while self.waiting:
                 requests += [request for key, result in self._returned() if (request := self._go_on(key, result))]
                 if requests:
-                    engine.submit(requests)
+                    self._submit(requests)
                     requests = []
                 elif not engine.pending and not self.beside and self.waiting:
                     raise RuntimeError(f"The engine {engine.name!r} has lost {len(self.waiting)} requests.")
@@ -213,6 +213,17 @@ class _Run:
             for key in keys:
                 requests.append(self._first(key, _Episode(row, ids, rollouts.schemas, functions, None)))
         return requests
+
+    def _submit(self, requests: list[Request]) -> None:
+        """Hand them to the engine; its errors say which prompt they are about."""
+        try:
+            self.rollouts.engine.submit(requests)
+        except ValueError as error:
+            for request in requests:
+                if repr(request.key) in str(error):
+                    prompt = str(self.rows[request.key[0]].get("prompt"))
+                    raise ValueError(f"{error} The prompt begins with {prompt[:200]!r}.") from error
+            raise
 
     def _beside(self, key: Key, work: Any) -> None:
         self.beside[key] = self.rollouts.runner.start(work, lambda result: self.back.put((key, result)))

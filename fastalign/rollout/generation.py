@@ -29,6 +29,7 @@ class GenerationBatch:
     num_generations: int
     training: bool
     left: int = 0  # micro-batches that are learned from before the weights change
+    server: dict[str, int] = field(default_factory=dict)  # what went wrong with this rank's calls of a vLLM server
     experiences: list[Experience] = field(default_factory=list)  # (n)
     scores: Scores | None = None  # of the samples
     rewards: Tensor = field(default_factory=lambda: torch.zeros(0, 0))  # (N, K) fp32, host; NaN: no score
@@ -145,7 +146,7 @@ def exchange(
     facts = sample_facts(batch.samples, end_ids)
     mine = {"rewards": scores.rewards, "lost": scores.lost, "facts": facts}
     mine |= {"learned": sum(one.num_learned for one in batch.experiences)}
-    mine |= {"metrics": scores.metrics, "failures": scores.failures}
+    mine |= {"metrics": scores.metrics, "failures": scores.failures, "server": batch.server}
     ranks: list[dict[str, Any]] = gather_object([mine]) if world > 1 else [mine]
     sizes = [len(part["rewards"]) for part in ranks]
     batch.own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
@@ -161,5 +162,8 @@ def exchange(
     for name in sorted({name for part in ranks for name in part["metrics"]}):
         values = [value for part in ranks for value in part["metrics"].get(name, [])]
         metrics.mean(name, sum(values), len(values))
-    for name in sorted({name for part in ranks for name in part["failures"]}):
-        metrics.mean(f"rewards/{name}/failures", sum(part["failures"].get(name, 0) for part in ranks))
+    if unscored := int(batch.rewards.isnan().all(1).sum()) if scores.names else 0:
+        metrics.mean("frac_unscored", unscored / len(rewards))
+    for kind, key in (("failures", "rewards/{}/failures"), ("server", "sampling/server_{}")):
+        for name in sorted({name for part in ranks for name in part[kind]}):
+            metrics.mean(key.format(name), sum(part[kind].get(name, 0) for part in ranks))

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..models import position_limit
+from .choose import make_engine
+from .engine import Engine
 from .episodes import Rollouts
 from .function_rollouts import FunctionRollouts
 from .group_batches import GroupCollator
@@ -24,6 +26,15 @@ class Sources:
     @property
     def has_tools(self) -> bool:
         return bool(self.tools) or self.environment_factory is not None
+
+
+def make_own_engine(trainer: Any, sources: Sources) -> Engine | None:
+    """What samples, as the config asks; None where a `rollout_func` needs no engine."""
+    args = trainer.args
+    if sources.rollout_func is not None and not args.use_vllm:
+        return None
+    given: dict[str, Any] = {"accelerator": trainer.accelerator, "sampling": trainer.sampling}
+    return make_engine(args, trainer.model, trainer.processing_class, **given)
 
 
 def make_collator(trainer: Any) -> GroupCollator:

@@ -19,6 +19,8 @@ START = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logpr
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0  # seconds between two attempts
 CONNECT_TIMEOUT = 30.0  # seconds
 ANSWER_TIMEOUT = 3600.0  # seconds for one answer: a long completion behind many others
+HEALTH = "/health"
+HEALTH_TIMEOUT = 30.0  # seconds for the answer that it is well
 AWAY = (ConnectionError, TimeoutError, http.client.HTTPException, OSError)
 TEMPORARY = (500, 502, 503, 504)
 
@@ -67,11 +69,12 @@ class Client:
         seconds of that, ServerError for any other refusal.
         """
         target = f"{self.path}{path}" + (f"?{urlencode(query)}" if query else "")
+        seconds = HEALTH_TIMEOUT if path == HEALTH else ANSWER_TIMEOUT
         data = None if body is None else json.dumps(body).encode()
         pause, deadline, problem, epoch = FIRST_PAUSE, None, "", self._epoch
         while True:
             try:
-                status, answer = self._once(method, target, data, epoch)
+                status, answer = self._once(method, target, data, epoch, seconds)
                 if status < 300:
                     return _read(answer)
                 problem = f"HTTP {status}: {answer[:500].decode(errors='replace')}"
@@ -108,17 +111,18 @@ class Client:
         with self._lock:
             self.counts[what] += 1
 
-    def _once(self, method: str, target: str, data: bytes | None, epoch: int) -> tuple[int, bytes]:
+    def _once(self, method: str, target: str, data: bytes | None, epoch: int, seconds: float) -> tuple[int, bytes]:
         kept = getattr(self._own, "connection", None)
         if kept is not None and kept.sock is not None:
             with contextlib.suppress(ConnectionError, http.client.RemoteDisconnected):
+                kept.sock.settimeout(seconds)
                 return self._ask(kept, method, target, data)
             self._check_wanted(epoch)
             with self._lock:
                 self.num_broken += 1  # it was idle for long, or the server is another one now
         connection = self._own.connection = self._kind(self.host, self.port, timeout=CONNECT_TIMEOUT)
         connection.connect()
-        connection.sock.settimeout(ANSWER_TIMEOUT)
+        connection.sock.settimeout(seconds)
         with self._lock:
             self._open.add(connection)
         return self._ask(connection, method, target, data)

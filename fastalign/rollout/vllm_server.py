@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
 from .engine import Completion, Request, Sampling, SyncReport
-from .vllm_http import START, Client, ServerError
+from .vllm_http import HEALTH, START, Client, ServerError
 from .vllm_push import POLICY, make_push
 
 logger = logging.getLogger(__name__)
@@ -18,6 +19,7 @@ logger = logging.getLogger(__name__)
 CONCURRENCY = 256  # requests that are under way at once
 KEPT_OPTIONS = ("n", "best_of", "logprobs", "stream", "echo", "prompt", "return_token_ids")
 MOMENT = 0.1  # seconds that `step` waits for something to finish
+SILENCE = 60.0  # seconds without a completion after which the server is asked whether it is well
 
 
 @dataclass
@@ -32,6 +34,7 @@ class VLLMServerEngine:
     `config` gives `vllm_server_base_url`, or `vllm_server_host` and `vllm_server_port`; `vllm_server_timeout`, in
     seconds; `vllm_group_port`. ConnectionError, naming address and end point, where the server cannot be reached for
     that long, at the start or later; ValueError for a server that was started with other settings than are needed.
+    One that takes requests and answers none of them is asked for its health, and counts as away where it gives none.
     """
 
     name = "vllm server"
@@ -45,7 +48,9 @@ class VLLMServerEngine:
         self.client = Client(url, float(getattr(config, "vllm_server_timeout", 240.0)))
         self._pool = ThreadPoolExecutor(CONCURRENCY, thread_name_prefix="vllm")
         self._sent: dict[Future, _Sent] = {}
-        self.client.get("/health")
+        self._heard = 0.0  # time.monotonic() of its last sign of life
+        self._told: Counter[str] = Counter()
+        self.client.get(HEALTH)
         served = self.client.get("/v1/models")["data"][0]
         self._model, self._max_length = served["id"], served.get("max_model_len") or 2**31
         self._push = make_push(self.client, model, self._settings(sampling), getattr(config, "vllm_group_port", 51216))
@@ -82,6 +87,11 @@ class VLLMServerEngine:
         """How often calls were tried again, were given up, and weights were brought to a server that had restarted."""
         return dict(self.client.counts)
 
+    def new_counts(self) -> dict[str, int]:
+        """What was added to `counts` since the last call of this."""
+        told, self._told = self._told, Counter(self.client.counts)
+        return dict(self._told - told)
+
     @property
     def pending(self) -> int:
         return len(self._sent)
@@ -91,6 +101,7 @@ class VLLMServerEngine:
         for request, payload in zip(requests, payloads, strict=True):
             future = self._pool.submit(self._complete, payload)
             self._sent[future] = _Sent(request, self.version)
+        self._heard = time.monotonic()
 
     def _payload(self, request: Request) -> dict[str, Any]:
         length, sampling = len(request.prompt_ids), request.sampling
@@ -131,6 +142,10 @@ class VLLMServerEngine:
         if not self._sent:
             return []
         done, _ = wait(self._sent, timeout=MOMENT, return_when=FIRST_COMPLETED)
+        if done or time.monotonic() - self._heard > SILENCE:
+            if not done:
+                self.client.get(HEALTH)
+            self._heard = time.monotonic()
         for future in done:
             if (error := future.exception()) is not None:
                 del self._sent[future]
