@@ -4,6 +4,7 @@ import json
 import re
 from html import unescape
 
+import pandas
 import pytest
 
 from fastalign.cli.main import main
@@ -105,6 +106,39 @@ def test_samples_results_and_settings(tmp_path):
     row = re.search(r"<tr><td>2 &lt; 1</td>.*?</tr>", page)[0]
     assert '<td class="wrong">✗ &lt;b&gt;?&lt;/b&gt;</td><td class="right">✓ no</td>' in row
     assert "<td>accuracy</td><td>91.0%</td>" in page and "<td>learning_rate</td><td>0.002</td>" in page
+
+
+ONLINE = [
+    {"step": step, "loss": 0.1, "rewards/brief/mean": 1.0 * step, "grad_norm": 1.0, "rewards/brief/std": 0.5}
+    | {"entropy": 0.3, "reward": 2.0 * step, "reward_std": 0.5}
+    for step in (9, 10)
+]
+
+
+def test_the_reward_comes_first_in_runs_that_have_one(tmp_path):
+    page = write_report(make_run(tmp_path / "a", ONLINE)).read_text()
+    captions = [re.sub("<.*", "", text) for text in re.findall(r"<figcaption>(.*?)</figcaption>", page)]
+    assert captions[:5] == ["reward", "rewards/brief/mean", "loss", "entropy", "gradient norm"]
+    assert captions[5:] == ["rewards/brief/std", "reward std"]
+    assert page.index("reward, first → last") < page.index("loss, first → last") and "18 → 20" in page
+
+
+def test_completions_of_the_first_and_the_last_log(tmp_path):
+    folder = make_run(tmp_path / "a", ONLINE)
+    (folder / "completions").mkdir()
+    for step in (99_999, 100_000, 5):  # in the order of their numbers, which is not that of the names
+        told = [{"role": "assistant", "content": f"<answer> of {step}"}]
+        rows = [{"step": step, "prompt": "q", "completion": told, "brief": 0.5, "advantage": -1.25}]
+        rows.append(rows[0] | {"completion": [{"role": "assistant", "content": "other"}], "brief": float("nan")})
+        pandas.DataFrame(rows).to_parquet(folder / "completions" / f"completions_{step:05d}.parquet")
+    page = write_report(folder).read_text()
+    part = page[page.index("<h2>Completions</h2>") : page.index("</section>", page.index("<h2>Completions</h2>"))]
+    assert re.findall("<h4>(.*?)</h4>", part) == ["step 5", "step 100000"]
+    assert re.findall("<th>(.*?)</th>", part)[:4] == ["prompt", "completion", "brief", "advantage"]
+    rows = re.findall("<tr>(<td.*?)</tr>", part, re.DOTALL)
+    cells = [re.findall("<td.*?>(.*?)</td>", row, re.DOTALL) for row in rows]
+    assert cells[0] == ["q", "assistant: &lt;answer&gt; of 5", "0.5", "-1.25"]
+    assert cells[1] == ["q", "assistant: other", "", "-1.25"] and cells[2][1].endswith("of 100000")
 
 
 def test_several_runs_share_the_charts(tmp_path):

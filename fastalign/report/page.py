@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 from collections.abc import Sequence
 from html import escape
 
@@ -11,7 +12,7 @@ from .charts import Line, line_chart, short
 from .runs import Run
 from .style import SCRIPT, STYLE
 
-FIRST = ["loss", "mean_token_accuracy", "entropy", "grad_norm", "learning_rate"]  # the other metrics follow by name
+FIRST = ["reward", "rewards/", "loss", "mean_token_accuracy", "entropy", "grad_norm", "learning_rate"]  # then by name
 COLORS = 8
 MOST_SAMPLES = 60  # per stage
 
@@ -24,6 +25,7 @@ def render_page(runs: list[Run], title: str) -> str:
         _section("Health", "".join(_health(run, len(runs) > 1) for run in runs)),
         _section("Curves", _charts(runs)),
         _section("Samples", "".join(_samples(run, len(runs) > 1) for run in runs if run.samples)),
+        _section("Completions", "".join(_completions(run, len(runs) > 1) for run in runs if run.completions)),
         _section("Settings", _settings(runs)),
     ]
     made = datetime.datetime.now().strftime("%Y-%m-%d %H:%M")
@@ -71,7 +73,7 @@ def _summary(runs: list[Run]) -> str:
     rows: list[list] = [["steps", *(run.state.get("global_step") for run in runs)]]
     rows.append(["epochs", *(_rounded(run.state.get("epoch")) for run in runs)])
     rows.append(["tokens", *(run.last("num_tokens") for run in runs)])
-    for key in ("loss", "eval_loss", "mean_token_accuracy"):
+    for key in ("reward", "eval_reward", "loss", "eval_loss", "mean_token_accuracy"):
         curves = [run.curves().get(key) for run in runs]
         rows.append(
             [f"{key}, first → last", *(f"{short(c[0][1])} → {short(c[-1][1])}" if c else None for c in curves)]
@@ -106,7 +108,7 @@ def _charts(runs: list[Run]) -> str:
     """One chart per metric; training and evaluation of the same metric share it, and so do the runs."""
     curves = [run.curves() for run in runs]
     names = dict.fromkeys(name.removeprefix("eval_") for found in curves for name in found)
-    ordered = [name for name in FIRST if name in names] + [name for name in names if name not in FIRST]
+    ordered = sorted(names, key=lambda name: _rank(name, "reward" in names))
     cards = []
     for name in ordered:
         lines = []
@@ -122,6 +124,13 @@ def _charts(runs: list[Run]) -> str:
         legend = _legend(lines) if len(lines) > 1 or lines[0].dashed else ""
         cards.append(f"<figure><figcaption>{escape(_words(name))}{legend}</figcaption>{line_chart(lines)}</figure>")
     return f'<div class="charts">{"".join(cards)}</div>' if cards else "<p>Nothing was logged.</p>"
+
+
+def _rank(name: str, is_online: bool) -> int:
+    """Place among the charts: of runs on samples the reward comes first, then what it is made of."""
+    if is_online and name.startswith("rewards/") and name.endswith("/mean"):
+        name = "rewards/"
+    return FIRST.index(name) if name in FIRST else len(FIRST)
 
 
 def _words(name: str) -> str:
@@ -172,6 +181,23 @@ def _completion(sample: dict | None) -> str:
     )
     css, mark = judged or ("", "")
     return f'<td class="{css}">{mark}{escape(str(sample.get("completion", "")))}</td>'
+
+
+def _completions(run: Run, several: bool) -> str:
+    """What was sampled first and last, with the rewards, as it was logged."""
+    tables = []
+    for rows in run.completions:
+        columns = [name for name in rows[0] if name != "step"] if rows else []
+        shown = [[_said(row[name]) for name in columns] for row in rows[:MOST_SAMPLES]]
+        tables += [f"<h4>step {rows[0]['step']}</h4>", _table(columns, shown, "samples")] if rows else []
+    return _run_heading(run, several) + "".join(tables)
+
+
+def _said(value):
+    """Messages as text, nothing for NaN, anything else as it is."""
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return "\n".join(f"{message.get('role')}: {message.get('content')}" for message in value)
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _settings(runs: list[Run]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from ..findings import FINDINGS, PREFIX
 
 SAMPLES, RESULTS, SETTINGS, STATE = "samples.jsonl", "results.json", "run.yaml", "trainer_state.json"
+COMPLETIONS = "completions"  # folder
 NOT_CURVES = re.compile(
     r"health/.*|epoch|step|total_flos|train_.*|(.*_)?(num_tokens|num_input_tokens_seen)"
     r"|.*_(runtime|per_second|preparation_time)"
@@ -28,6 +29,7 @@ class Run:
     samples: list[dict[str, Any]]  # lines of samples.jsonl: stage, prompt, completion, expected, correct
     results: dict[str, Any] | None  # results.json: {"columns": [...], "rows": [[...], ...]}
     settings: dict[str, Any]  # run.yaml
+    completions: list[list[dict[str, Any]]]  # rows of the first and of the last of completions/*.parquet, by step
 
     @property
     def log(self) -> list[dict[str, Any]]:
@@ -82,6 +84,7 @@ def read_run(folder: str | Path) -> Run:
         samples=_read_samples(_first(beside, SAMPLES)),
         results=_read_json(results) if results else None,
         settings=_read_yaml(settings) if settings else {},
+        completions=_read_completions(_first(beside, COMPLETIONS)),
     )
 
 
@@ -92,7 +95,20 @@ def _state_files(folder: Path) -> list[Path]:
 
 
 def _first(folders: list[Path], name: str) -> Path | None:
-    return next((folder / name for folder in folders if (folder / name).is_file()), None)
+    return next((folder / name for folder in folders if (folder / name).exists()), None)
+
+
+def _read_completions(folder: Path | None) -> list[list[dict[str, Any]]]:
+    if folder is None:
+        return []
+    from pyarrow import parquet
+
+    found = [(re.fullmatch(r"completions_(\d+)\.parquet", path.name), path) for path in folder.iterdir()]
+    files = [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
+    try:
+        return [parquet.read_table(path).to_pylist() for path in [*files[:1], *files[1:][-1:]]]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"A file in {folder} cannot be read as completions ({error}).") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
