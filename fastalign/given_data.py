@@ -25,6 +25,9 @@ from .policy import PolicyInfo, prepare_policy, token_stats, unwrap
 from .policy_check import teach_reading
 from .reference import Reference
 
+WITHOUT_IMAGES = ("packing", "padding_free", "share_prefix", "precompute_ref_log_probs")
+IMAGE_COLUMNS = ("image", "images", "tools", "chat_template_kwargs")  # of rows that are read batch by batch
+
 
 class GivenDataTrainer(Trainer):
     """Loads the model, prepares the data, chooses the batches; an algorithm adds what is its own.
@@ -75,11 +78,8 @@ class GivenDataTrainer(Trainer):
         )
         self.longest = position_limit(loaded.model)
         self.has_images = has_images(sample)
-        if self.has_images and not self.takes_images:
-            raise ValueError(
-                f"The dataset has images, which {type(self).__name__} does not take: drop the columns 'image' or "
-                "'images'."
-            )
+        if self.has_images:
+            self._check_images(sample)
         reentrant = (config.gradient_checkpointing_kwargs or {}).get("use_reentrant")
         if loaded.is_vision and config.ddp_find_unused_parameters is None and not reentrant:
             config.ddp_find_unused_parameters = True  # a batch without images gives the vision tower no gradient
@@ -126,6 +126,39 @@ class GivenDataTrainer(Trainer):
         """The second model, None where there is none."""
         return None if self.reference is None else self.reference.model
 
+    def _check_images(self, sample: dict) -> None:
+        """ValueError for what images, which are read batch by batch, do not go together with."""
+        args, kind = self.args, type(self).__name__
+        if not self.takes_images:
+            raise ValueError(
+                f"The dataset has images, which {kind} does not take: drop the columns 'image' or 'images'."
+            )
+        if not self.loaded.is_vision:
+            raise ValueError(
+                "The dataset has images ('image' or 'images'), but the model's processing class is a plain tokenizer. "
+                "Use a vision-language model, or drop the image columns."
+            )
+        for name in WITHOUT_IMAGES:
+            if getattr(args, name, None):
+                raise ValueError(f"`{name}=True` is not supported for vision datasets; set it to False.")
+        if getattr(args, "bad_rows", "keep") != "keep":
+            raise ValueError(
+                f"`bad_rows={args.bad_rows!r}` is not supported for vision datasets, whose rows nobody reads before "
+                "they are trained on; set it to 'keep' and filter the dataset."
+            )
+        if args.max_length is not None and args.truncation_mode == "keep_end":
+            raise ValueError(
+                "`truncation_mode='keep_end'` is not supported for vision datasets: it could drop image tokens and "
+                "keep their pixels. Use 'keep_start' or `max_length=None`."
+            )
+        by_length = args.train_sampling_strategy in ("group_by_length", "batch_rebalance")
+        if (by_length or args.token_budget is not None) and args.length_column_name not in sample:
+            raise ValueError(
+                "`token_budget` and sampling by length need the length of every row, which rows with images do not "
+                f"have before they are processed: add a column {args.length_column_name!r} with their tokens, or "
+                "leave these fields out."
+            )
+
     def check(self, sample: dict) -> None:
         """Raise ValueError where `self.args`, `self.loaded` and a row of the data contradict each other."""
 
@@ -150,7 +183,7 @@ class GivenDataTrainer(Trainer):
     def adapt_collator(self, given) -> Any:
         """The collator that a user gave, made to return batches."""
         if self.answers:
-            return PairAdapter(given, flat=self.policy.flat, num_answers=len(self.answers))
+            return PairAdapter(given, flat=self.policy.flat, num_answers=len(self.answers), images=self.has_images)
         return BatchAdapter(given, flat=self.policy.flat)
 
     def example_lengths(self, dataset) -> np.ndarray:
@@ -163,8 +196,9 @@ class GivenDataTrainer(Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None and self.answers:
-            ids = [f"{name}_ids" for name in ("prompt", *self.answers)]
-            self._signature_columns = [*ids, *self.row_columns, *self.reference_columns]
+            names = ("prompt", *self.answers)
+            taken = [*names, *IMAGE_COLUMNS] if self.has_images else [f"{name}_ids" for name in names]
+            self._signature_columns = [*taken, *self.row_columns, *self.reference_columns]
         super()._set_signature_columns_if_needed()
 
     def _prepared(self, dataset, name: str, training: bool):

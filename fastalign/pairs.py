@@ -17,7 +17,8 @@ from .data.bad_rows import RULES
 from .data.batch import TokenBatch
 from .data.dict_batches import token_batch
 from .data.pair_batches import SHARE_GAIN, AnswerCollator
-from .data.preferences import prepare_preference_dataset
+from .data.preferences import check_image_dataset, prepare_preference_dataset
+from .data.vision_pairs import VisionAnswerCollator, number_by_answer
 from .free_tokens import reading
 from .loop.batching import list_lengths
 from .loop.health import watch_pulls
@@ -69,8 +70,11 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def prepare_answers(trainer: Any, dataset: Any, name: str, answers: tuple[str, ...], bos_and_eos: bool = False) -> Any:
-    """Raw rows -> `prompt_ids` and the ids of each of the answers."""
+    """Raw rows -> `prompt_ids` and the ids of each of the answers; with images the rows as they are."""
     args = trainer.args
+    if trainer.has_images:
+        check_image_dataset(dataset, answers, name)
+        return dataset
     return prepare_preference_dataset(
         dataset,
         trainer.loaded.processing_class,
@@ -87,12 +91,12 @@ def prepare_answers(trainer: Any, dataset: Any, name: str, answers: tuple[str, .
 def answer_collator(trainer: Any, kind: Any = AnswerCollator, **options: Any) -> Any:
     """The collator of a trainer's `answers`: flat batches, with shared prompts where that saves work, or padded ones.
 
-    `kind(answers, ...)` makes it, given `options` besides.
+    `kind(answers, ...)` makes it, given `options` besides. Rows with images go through the processor first.
     """
     args = trainer.args
     if isinstance(args, LengthArgs):
         options |= {"max_length": args.max_length, "truncation_mode": args.truncation_mode}
-    return kind(
+    collator = kind(
         trainer.answers,
         pad_token_id=cast(int, trainer.loaded.tokenizer.pad_token_id),
         flat=trainer.policy.flat,
@@ -102,6 +106,7 @@ def answer_collator(trainer: Any, kind: Any = AnswerCollator, **options: Any) ->
         extras=(*trainer.row_columns, *trainer.reference_columns),
         **options,
     )
+    return VisionAnswerCollator(trainer.processing_class, collator) if trainer.has_images else collator
 
 
 def sharing(trainer, dataset, answers: tuple[str, ...]) -> bool | str:
@@ -151,11 +156,11 @@ class PairAdapter:
     """Wraps a collator that returns TRL's dictionary of pairs, so that it returns a TokenBatch.
 
     The dictionary needs `input_ids`, `attention_mask` and `completion_mask`, each (2B, L): first the chosen rows, then
-    the rejected ones, then those of further answers.
+    the rejected ones, then those of further answers. With `images` everything else in it is passed to the model.
     """
 
-    def __init__(self, collator, *, flat: bool, num_answers: int = 2):
-        self.collator, self.flat, self.num_answers = collator, flat, num_answers
+    def __init__(self, collator, *, flat: bool, num_answers: int = 2, images: bool = False):
+        self.collator, self.flat, self.num_answers, self.images = collator, flat, num_answers, images
 
     def __call__(self, rows) -> TokenBatch:
         """Raises TypeError for a result of another kind."""
@@ -169,6 +174,11 @@ class PairAdapter:
                 f"or a TokenBatch, got {found}."
             )
         num_rows = len(made["input_ids"])
+        if self.images:
+            mask, tensors = made["completion_mask"], {k: v for k, v in made.items() if k != "completion_mask"}
+            labels = made["input_ids"].masked_fill(mask == 0, -100)
+            batch = number_by_answer(token_batch(tensors | {"labels": labels}, flat=False), self.num_answers)
+            return replace(batch, extras={"lengths": mask.sum(1).view(self.num_answers, -1).t().flatten()})
         pairs = torch.arange(num_rows).view(self.num_answers, -1).t().flatten()
         tensors = {k: v[pairs] for k, v in made.items() if len(v) == num_rows}
         extras = {k: v for k, v in made.items() if len(v) != num_rows}

@@ -14,8 +14,9 @@ from fastalign_kernels.losses.sequences import row_sums
 from torch import Tensor, nn
 
 from .data.batch import TokenBatch
+from .data.formats import column_names
 from .data.pair_batches import UnpairedCollator
-from .data.preferences import prepare_unpaired_dataset
+from .data.preferences import check_image_dataset, prepare_unpaired_dataset
 from .flat_attention import free_tokens
 from .free_tokens import FreeTokens, reading, set_free
 from .loop.health import watch_drift, watch_pulls
@@ -27,20 +28,33 @@ OUTPUTS = ("entropy", "mean_logit")  # statistics of tokens that the metrics nee
 
 
 def prepare_judged(trainer: Any, dataset: Any, name: str) -> Any:
-    """Raw rows -> `prompt_ids`, `completion_ids`, `label`."""
+    """Raw rows -> `prompt_ids`, `completion_ids`, `label`; with images the rows as they are."""
     args, processing_class = trainer.args, trainer.loaded.processing_class
+    if trainer.has_images:
+        if {"chosen", "rejected"} & {*column_names(dataset)}:
+            raise ValueError(
+                f"The {name} dataset has images and pairs (`chosen`, `rejected`), which {trainer._name} would have to "
+                "copy to judge them one by one. Give it `completion` and `label`: see `unpair_preference_dataset`."
+            )
+        check_image_dataset(dataset, ("completion", "label"), name)
+        return dataset
     options = {"max_length": args.max_length, "num_proc": args.dataset_num_proc, "name": name}
     options["bad_rows"] = args.bad_rows
     return prepare_unpaired_dataset(dataset, processing_class, **options)
 
 
-def judged_collator(trainer: Any) -> JudgedCollator:
-    """Flat batches, with shared prompts where that saves work, or padded ones."""
+def judged_collator(trainer: Any) -> Any:
+    """A `JudgedCollator`: flat batches, with shared prompts where that saves work, or padded ones."""
     return answer_collator(trainer, lambda answers, **options: JudgedCollator(kl=len(answers) > 1, **options))
 
 
 def adapt_judged(trainer: Any, given: Any) -> JudgedAdapter:
-    """The collator that a user gave, made to return batches of judged answers."""
+    """The collator that a user gave, made to return batches of judged answers. ValueError for data with images."""
+    if trainer.has_images:
+        raise ValueError(
+            f"`data_collator` is not supported for vision datasets by {type(trainer).__name__}: leave it out, and the "
+            "trainer's own runs the processor."
+        )
     set_pad_token(trainer.loaded, trainer.args.pad_token)
     return JudgedAdapter(given, trainer.make_collator())
 
@@ -186,25 +200,30 @@ class _Baseline:
 
 
 def every_second(batch: TokenBatch, first: int) -> TokenBatch:
-    """The padded rows first, first + 2, ... of `batch`, without `extras`."""
+    """The padded sequences first, first + 2, ... of `batch`, without `extras`."""
     assert batch.is_padded
+    half = len(batch.input_ids) // 2
+    part = slice(first * half, (first + 1) * half) if batch.by_answer else slice(first, None, 2)
     rows = batch.row if batch.host_row is None else batch.host_row
     taken = (rows % 2 == first).nonzero()[:, 0].to(batch.source.device)
     width = batch.input_ids.shape[1]
     source = batch.source[taken]
-    bounds = torch.nn.functional.pad(batch.cu_seqlens.diff()[first::2].cumsum(0), (1, 0))
-    row = batch.row[taken] // 2
+    bounds = torch.nn.functional.pad(batch.cu_seqlens.diff()[part].cumsum(0), (1, 0))
+    place = source // width - first * half if batch.by_answer else source // width // 2
+    inputs = {k: v.chunk(2)[first] for k, v in batch.model_inputs.items()} if batch.by_answer else batch.model_inputs
     return replace(
         batch,
-        input_ids=batch.input_ids[first::2],
-        position_ids=batch.position_ids[first::2],
-        attention_mask=None if batch.attention_mask is None else batch.attention_mask[first::2],
+        input_ids=batch.input_ids[part],
+        position_ids=batch.position_ids[part],
+        attention_mask=None if batch.attention_mask is None else batch.attention_mask[part],
         cu_seqlens=bounds.to(torch.int32),
-        source=source // width // 2 * width + source % width,
+        source=place * width + source % width,
         targets=batch.targets[taken],
-        row=row,
+        row=batch.row[taken] // 2,
         weight=batch.weight[taken],
+        model_inputs=inputs,
         extras={},
+        by_answer=False,
         host_row=rows[rows % 2 == first] // 2,
     )
 

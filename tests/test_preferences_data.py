@@ -318,7 +318,7 @@ def test_data_that_cannot_be_used():
     images = {"images": [[1]], "prompt": ["a"], "chosen": ["b"], "rejected": ["c"]}
     with pytest.raises(ValueError, match=r"has images .* a plain tokenizer, which reads none"):
         prepare(Dataset.from_dict(images))
-    with pytest.raises(ValueError, match=r"takes texts and conversations only so far"):
+    with pytest.raises(ValueError, match=r"these are read batch by batch"):
         prepare(Dataset.from_dict(images), processing_class=object.__new__(ProcessorMixin))
     with pytest.raises(ValueError, match=r"\['rejected'\] missing"):
         prepare(Dataset.from_dict({"chosen": ["b"], "other": ["c"]}))

@@ -23,6 +23,9 @@ class TokenBatch:
     `prefix[s]` is the segment that all tokens of segment s see besides those before them in s, -1 where there is none;
     a segment that is a prefix has none. Positions of s then start at the length of its prefix, and the `source` of its
     first token is the last position of the prefix.
+
+    `by_answer` (padded only): the rows are all first answers, then all second ones, and so on, so that the images of
+    their prompts repeat as a whole; the numbers of `row` still count answer by answer of each prompt.
     """
 
     input_ids: Tensor  # (T,) or (B, L) int64
@@ -39,6 +42,7 @@ class TokenBatch:
     max_shared: int = 0  # most tokens behind one prefix; 0: found from `prefix` where that is on the CPU
     model_inputs: dict[str, Tensor] = field(default_factory=dict)  # passed to the model (pixel_values, ...)
     extras: dict[str, Tensor] = field(default_factory=dict)  # for the loss alone (margins, labels, reference logps)
+    by_answer: bool = False  # see above
     host_row: Tensor | None = None  # `row` as it was before the batch went to a device: reading it does not wait
 
     def __post_init__(self) -> None:

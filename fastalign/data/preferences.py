@@ -193,9 +193,20 @@ def _check_dataset(dataset: Any, processing_class: Any, name: str) -> None:
     if not isinstance(processing_class, ProcessorMixin):
         raise ValueError(f"{found}the model's processing class is a plain tokenizer, which reads none. {remedy}")
     raise ValueError(
-        f"{found}preference training takes texts and conversations only so far, also with a vision-language model; "
-        f"`SFTTrainer` takes images. {remedy}"
+        f"{found}these are read batch by batch, by `DPOTrainer`, `KTOTrainer` and `SFTTrainer`, where the training "
+        f"dataset has images too. {remedy}"
     )
+
+
+def check_image_dataset(dataset: Dataset | IterableDataset, answers: tuple[str, ...], name: str) -> None:
+    """ValueError where rows with images lack one of the columns `answers`, or the prompt of a judged completion."""
+    row = first_row(dataset, name)
+    needed = answers if "chosen" in answers else ("prompt", *answers)
+    if missing := [column for column in needed if column not in row]:
+        raise ValueError(
+            f"The {name} dataset has the columns {sorted(row)}; {missing} missing. With images it needs "
+            f"{', '.join(needed)} as texts or lists of messages, not as tokens."
+        )
 
 
 def _sample(dataset: Any, answers: tuple[str, ...], name: str) -> dict[str, Any]:

@@ -43,10 +43,7 @@ class VisionCollator:
         self.chat_template = chat_template
 
     def __call__(self, rows: list[dict[str, Any]]) -> TokenBatch:
-        rows = [dict(row) for row in rows]
-        for row in rows:
-            images = row.pop("image", None) if "image" in row else row.get("images")
-            row["images"] = [] if images is None else images if isinstance(images, list) else [images]
+        rows = image_rows(rows)
         first = rows[0]
         if self.assistant_only_loss and "messages" not in first:
             raise ValueError("`assistant_only_loss` needs conversational language-modelling rows (`messages`).")
@@ -85,7 +82,7 @@ class VisionCollator:
             )
         else:
             texts = [row[self.text_field] for row in rows]
-            made = self.processor(images=_images(rows), text=texts, return_tensors="pt", **options)
+            made = self.processor(images=images_of(rows), text=texts, return_tensors="pt", **options)
         tensors = dict(made)
         labels = torch.where(tensors["attention_mask"].bool(), tensors["input_ids"], -100)
         if self.assistant_only_loss:
@@ -93,7 +90,7 @@ class VisionCollator:
         return tensors | {"labels": labels}
 
     def _prompt_completion(self, rows: list[dict]) -> dict[str, Tensor]:
-        images = _images(rows)
+        images = images_of(rows)
         if is_conversational(rows[0]):
             for row in rows:
                 row["prompt"] = prepare_multimodal_messages(row["prompt"], images=row["images"])
@@ -104,7 +101,7 @@ class VisionCollator:
         completions = self.processor(text=[row["completion"] for row in rows], **options)
         tensors = {k: v for k, v in prompts.items() if k not in ("input_ids", "attention_mask", *TYPE_KEYS)}
         lengths = (prompts["attention_mask"].sum(1), completions["attention_mask"].sum(1))
-        join = _joiner(*lengths, limit=self.max_length, multiple=self.pad_to_multiple_of)
+        join = joiner(*lengths, limit=self.max_length, multiple=self.pad_to_multiple_of)
         pad = self.processor.tokenizer.pad_token_id
         ids = join(prompts["input_ids"], completions["input_ids"], pad)
         ones, zeros = torch.ones_like, torch.zeros_like
@@ -119,15 +116,22 @@ class VisionCollator:
         return tensors | {"labels": torch.where(scored.bool(), ids, -100)}
 
 
-def _images(rows: list[dict]) -> list | None:
+def image_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Copies of rows with `image` or `images` (or neither) that have a list in `images`."""
+    rows = [dict(row) for row in rows]
+    for row in rows:
+        images = row.pop("image", None) if "image" in row else row.get("images")
+        row["images"] = [] if images is None else images if isinstance(images, list) else [images]
+    return rows
+
+
+def images_of(rows: list[dict]) -> list | None:
     """Images per row; None where no row has any (processors refuse a batch of empty lists)."""
     images = [row["images"] for row in rows]
     return images if any(images) else None
 
 
-def _joiner(
-    prompt_lengths: Tensor, completion_lengths: Tensor, *, limit: int | None, multiple: int | None
-) -> Callable:
+def joiner(prompt_lengths: Tensor, completion_lengths: Tensor, *, limit: int | None, multiple: int | None) -> Callable:
     """A function that joins right-padded (B, P) and (B, C) tensors row by row into (B, L), padded on the right."""
     total = prompt_lengths + completion_lengths
     if limit is not None:

@@ -77,8 +77,8 @@ class DPOConfig(ReferenceArgs, PairArgs, AlignConfig):
 class DPOTrainer(GivenDataTrainer):
     """DPO and its relatives for a causal language model, given by name, as an object, or with adapters.
 
-    Takes `chosen` and `rejected` with or without `prompt`, as texts or messages, and rows that are tokenised
-    (`prompt_ids`, `chosen_ids`, `rejected_ids`). Arguments, defaults and metrics are those of TRL's trainer.
+    Takes `chosen` and `rejected` with or without `prompt`, as texts or messages, also with images, and rows that are
+    tokenised (`prompt_ids`, `chosen_ids`, `rejected_ids`). Arguments, defaults and metrics are those of TRL's trainer.
     `ref_model` None: the model without its new adapter, a frozen copy of the adapter that is trained further, or the
     model as it is loaded from its name.
     """
@@ -86,6 +86,7 @@ class DPOTrainer(GivenDataTrainer):
     config_class = DPOConfig
     loss_is_normalized = False
     predicts_answer_by_answer = True
+    takes_images = True
     _name = "DPO"
     _tag_names = ["fastalign", "dpo"]
     args: DPOConfig
@@ -112,7 +113,7 @@ class DPOTrainer(GivenDataTrainer):
     # Data
 
     def prepare_dataset(self, dataset, name: str, training: bool):
-        """Raw rows -> `prompt_ids`, `chosen_ids`, `rejected_ids`."""
+        """Raw rows -> `prompt_ids`, `chosen_ids`, `rejected_ids`; rows with images stay as they are."""
         return prepare_answers(self, dataset, name, ANSWERS)
 
     def make_collator(self) -> AnswerCollator:
@@ -153,4 +154,6 @@ class DPOTrainer(GivenDataTrainer):
     def prediction_step(self, model, inputs, prediction_loss_only: bool, ignore_keys=None):
         """(loss, logits, labels) of one batch, chosen rows before rejected ones, without gradients."""
         found: Any = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if inputs.by_answer:
+            return found
         return found[0], *(rows if rows is None else torch.cat([rows[::2], rows[1::2]]) for rows in found[1:])

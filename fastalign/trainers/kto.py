@@ -61,13 +61,14 @@ class KTOTrainer(GivenDataTrainer):
     """KTO and APO-zero for a causal language model, given by name, as an object, or with adapters.
 
     Takes `prompt`, `completion` and `label` (true: good), or pairs (`chosen` is good, `rejected` bad), as texts,
-    messages or token ids. Arguments, defaults and metrics are those of TRL's trainer. With the loss "kto" each answer
-    of every `per_device_train_batch_size` rows is also scored behind the prompt of the next row; the policy does so in
-    the forward of the loss, without a gradient.
+    messages or token ids; the former also with images. Arguments, defaults and metrics are those of TRL's trainer.
+    With the loss "kto" each answer of every `per_device_train_batch_size` rows is also scored behind the prompt of the
+    next row; the policy does so in the forward of the loss, without a gradient.
     """
 
     config_class = KTOConfig
     loss_is_normalized = False
+    takes_images = True
     _name = "KTO"
     _tag_names = ["fastalign", "kto"]
     args: KTOConfig
@@ -106,16 +107,24 @@ class KTOTrainer(GivenDataTrainer):
                 f"`per_device_train_batch_size` is {args.per_device_train_batch_size}; `loss_type='kto'` needs at "
                 "least 2: alone, an answer would be its own mismatched one, and the KL term its own reward."
             )
+        if self.has_images and args.token_budget is not None:
+            raise ValueError(
+                "`token_budget` may leave a row of a vision dataset alone in its batch, where mismatched answers come "
+                "from; unset it, or use `loss_type='apo_zero_unpaired'`."
+            )
 
     # Data
 
     def prepare_dataset(self, dataset, name: str, training: bool):
-        """Raw rows -> `prompt_ids`, `completion_ids`, `label` and, for the KL term, `kl_completion_ids`."""
+        """Raw rows -> `prompt_ids`, `completion_ids`, `label` and, for the KL term, `kl_completion_ids`.
+
+        Rows with images stay as they are, and their batches get the mismatched answers.
+        """
         args = self.args
         dataset = prepare_judged(self, dataset, name)
         if training and isinstance(dataset, Dataset):
-            _check_weights(np.asarray(dataset.with_format("numpy")["label"]), args)
-        if not args.estimates_kl:
+            _check_weights(np.asarray(dataset.select_columns(["label"]).with_format("numpy")["label"]), args)
+        if not args.estimates_kl or self.has_images:
             return dataset
         return rotate_completions(dataset, args.per_device_train_batch_size)
 
@@ -123,6 +132,11 @@ class KTOTrainer(GivenDataTrainer):
     def answers(self) -> tuple[str, ...]:
         """The columns of answers that a row has, without "_ids"."""
         return ("completion", "kl_completion") if self.args.estimates_kl else ("completion",)
+
+    @property
+    def predicts_answer_by_answer(self) -> bool:
+        """Whether the rows of a batch are all judged answers, then all mismatched ones."""
+        return self.has_images
 
     @property
     def reference_columns(self) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from ..data.formats import is_conversational
 from ..data.packing import pack_dataset
 from ..data.tokenize import prepare_sft_dataset
 from ..data.vision import VisionCollator
-from ..given_data import GivenDataTrainer, passed_on
+from ..given_data import IMAGE_COLUMNS, GivenDataTrainer, passed_on
 from ..loop.model_inputs import labels_of
 from ..models import set_chat_template, set_eos_token
 from ..policy import logits_forward, token_loss, token_stats
@@ -126,8 +126,6 @@ class SFTTrainer(GivenDataTrainer):
     def check(self, sample: dict) -> None:
         """Refuse settings that contradict each other or the data; see whether completions are scored alone."""
         args = self.args
-        if self.has_images:
-            self._check_images()
         if args.assistant_only_loss and not is_conversational(sample):
             raise ValueError(
                 "`assistant_only_loss=True`, but the dataset is not conversational: its rows have "
@@ -149,22 +147,6 @@ class SFTTrainer(GivenDataTrainer):
             )
         has_completion = "prompt" in sample and "completion" in sample and self._formatting_func is None
         self._completion_only = has_completion if args.completion_only_loss is None else args.completion_only_loss
-
-    def _check_images(self) -> None:
-        args = self.args
-        if not self.loaded.is_vision:
-            raise ValueError(
-                "The dataset has images ('image' or 'images'), but the model's processing class is a plain tokenizer. "
-                "Use a vision-language model, or drop the image columns."
-            )
-        for name in ("packing", "padding_free"):
-            if getattr(args, name):
-                raise ValueError(f"`{name}=True` is not supported for vision datasets; set it to False.")
-        if args.max_length is not None and args.truncation_mode == "keep_end":
-            raise ValueError(
-                "`truncation_mode='keep_end'` is not supported for vision datasets: it could drop image tokens and "
-                "keep their pixels. Use 'keep_start' or `max_length=None`."
-            )
 
     def adapt(self) -> None:
         """Settle the end token and the chat template, and the template that marks the assistant's tokens."""
@@ -264,8 +246,7 @@ class SFTTrainer(GivenDataTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
             text = ["input_ids", "labels", "seq_lengths", "attention_mask"]
-            vision = ["messages", "prompt", "completion", "image", "images", "tools", "chat_template_kwargs"]
-            vision.append(self.args.dataset_text_field)
+            vision = ["messages", "prompt", "completion", *IMAGE_COLUMNS, self.args.dataset_text_field]
             self._signature_columns = vision if self.has_images else text
 
     # Loss
