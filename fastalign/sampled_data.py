@@ -238,7 +238,7 @@ class SampledDataTrainer(Trainer):
             if self.engine is not None:
                 self.engine.sleep()
         self.metrics.mean("time/sampling", made.seconds)
-        ends: set[Any] = {*self.end_ids, self.loaded.tokenizer.pad_token_id}
+        ends = {*self.end_ids, self.loaded.tokenizer.pad_token_id}  # pyright: ignore[reportUnhashable]
         news = {"training": training, "left": left, "server": getattr(self.engine, "new_counts", dict)()}
         batch = GenerationBatch.of(made, plan.num_generations, ends, self.learns, **news)
         self.score_ahead(batch)

@@ -81,7 +81,10 @@ def history(library, folder, *, evaluate=False, rewards=(length_reward, parity_r
     if evaluate:
         trainer.evaluate()
     history = trainer.state.log_history
-    return [{k: v for k, v in entry.items() if not k.startswith(("health/", "time/"))} for entry in history]
+    return [
+        {k: v for k, v in entry.items() if not k.removeprefix("eval_").startswith(("health/", "time/"))}
+        for entry in history
+    ]
 
 
 def assert_same(ours: list[dict], theirs: list[dict]) -> None:
