@@ -61,7 +61,7 @@ class VisionAnswerCollator:
         if missing or row.get("prompt") is None:
             raise ValueError(f"A row with images has no value in {missing or 'prompt'}; it has {sorted(row)}.")
         if is_conversational(row):
-            settings = row_settings(1, [row.get("tools")], [row.get("chat_template_kwargs")])[0]
+            [settings] = row_settings(1, [row.get("tools")], [row.get("chat_template_kwargs")]) or [{}]
             messages = {name: prepare_multimodal_messages(row[name]) for name in self.columns[1:]}
             messages["prompt"] = prepare_multimodal_messages(row["prompt"], images=row["images"])
             row |= apply_chat_template(messages, self.processor, **settings)
