@@ -6,6 +6,7 @@ import fastalign_kernels as fk
 import pytest
 import torch
 import torch.nn.functional as F
+from fastalign_kernels.head.cross_entropy import linear_cross_entropy_reference
 from head_oracle import leaves, relative_error
 from tolerances import GRADIENTS, STATISTICS
 
@@ -25,6 +26,12 @@ def full_logits(hidden, weight, bias, scale=1.0, softcap=None, temperature=1.0):
     z = (hidden @ weight.t() + bias) * scale
     z = z if softcap is None else softcap * torch.tanh(z / softcap)
     return z / (temperature[..., None] if isinstance(temperature, torch.Tensor) else temperature)
+
+
+def specified(exact, targets, settings):
+    """What the library's own specification says."""
+    hidden, weight, bias = exact
+    return linear_cross_entropy_reference(hidden, weight, targets, bias=bias, **settings)
 
 
 def assert_equal(found, expected, inputs, exact, dtype=torch.float64):
@@ -55,19 +62,12 @@ def test_equals_torch(reduction, smoothing, weighted, dtype):
         label_smoothing=smoothing,
         reduction=reduction,
     )
-    found = fk.linear_cross_entropy(
-        hidden,
-        weight,
-        targets,
-        bias=bias,
-        reduction=reduction,
-        label_smoothing=smoothing,
-        class_weights=class_weights,
-        logit_scale=0.8,
-        temperature=temperature,
-        chunk=7,
-    )
-    assert_equal(found, expected.view(B, L) if reduction == "none" else expected, (hidden, weight, bias), exact, dtype)
+    expected = expected.view(B, L) if reduction == "none" else expected
+    settings = {"reduction": reduction, "label_smoothing": smoothing, "class_weights": class_weights}
+    settings |= {"logit_scale": 0.8, "temperature": temperature}
+    found = fk.linear_cross_entropy(hidden, weight, targets, bias=bias, chunk=7, **settings)
+    assert_equal(found, expected, (hidden, weight, bias), exact, dtype)
+    assert torch.allclose(specified(exact, targets, settings), expected)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -83,10 +83,11 @@ def test_z_loss_and_softcap(reduction, softcap, smoothing, weighted):
     by = {"none": squares, "sum": squares.sum(), "mean": squares.sum() / (flat != -100).sum()}[reduction]
     expected = expected + 0.05 * by
     settings = {"softcap": softcap, "label_smoothing": smoothing, "class_weights": class_weights, "z_loss": 0.05}
-    found = fk.linear_cross_entropy(
-        hidden, weight, targets, bias=bias, reduction=reduction, temperature=0.7, chunk=5, **settings
-    )
-    assert_equal(found, expected.view(B, L) if reduction == "none" else expected, (hidden, weight, bias), exact)
+    settings |= {"reduction": reduction, "temperature": 0.7}
+    expected = expected.view(B, L) if reduction == "none" else expected
+    found = fk.linear_cross_entropy(hidden, weight, targets, bias=bias, chunk=5, **settings)
+    assert_equal(found, expected, (hidden, weight, bias), exact)
+    assert torch.allclose(specified(exact, targets, settings), expected)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -101,6 +102,7 @@ def test_dft_weights_each_token_by_its_probability(weighted):
     settings = {"dft": True, "class_weights": class_weights if weighted else None}
     found = fk.linear_cross_entropy(hidden, weight, targets, bias=bias, **settings)
     assert_equal(found, expected, (hidden, weight, bias), exact)
+    assert torch.allclose(specified(exact, targets, settings), expected)
 
 
 def test_low_rank_with_all_settings():
@@ -159,6 +161,8 @@ def test_gradcheck(reduction):
 
 def test_nothing_scored():
     hidden, weight, bias, targets = problem()
+    all_scored = fk.linear_cross_entropy(hidden, weight, targets.clamp_min(0), bias=bias, ignore_index=None)
+    assert torch.equal(all_scored, fk.linear_cross_entropy(hidden, weight, targets.clamp_min(0), bias=bias))
     for reduction, weighted in itertools.product(("mean", "sum", "none"), (False, True)):
         settings = {"class_weights": torch.rand(V), "label_smoothing": 0.1} if weighted else {}
         loss = fk.linear_cross_entropy(
@@ -187,6 +191,20 @@ def test_module_holds_the_settings():
     )
     assert torch.equal(module(hidden, weight, targets, bias), expected)
     assert "z_loss=0.01" in repr(module) and list(module.state_dict()) == ["class_weights"]
+    h, t = hidden.flatten(0, 1), targets.flatten()
+    modules = {
+        fk.linear_logprobs: (fk.LinearLogprobs(temperature=0.7, ignore_index=3), (h, weight, t), {"bias": bias}),
+        fk.linear_divergence: (fk.LinearDivergence(divergence="jsd", beta=0.2), (h, weight, 2 * h, weight), {}),
+        fk.linear_policy_loss: (fk.LinearPolicyLoss(loss_type="dapo"), (h, weight, t, torch.randn(len(t))), {}),
+        fk.linear_preference_loss: (
+            fk.LinearPreferenceLoss(loss="cpo", beta=0.3), (h, weight, t, torch.arange(len(t)) * 4 // len(t)),
+            {"num_pairs": 2},
+        ),
+    }  # fmt: skip
+    for op, (module, operands, more) in modules.items():
+        found, expected = module(*operands, **more), op(*operands, **module.settings, **more)
+        value, other = (getattr(x, "loss", x[0] if isinstance(x, tuple) else x) for x in (found, expected))
+        assert torch.equal(value, other) and value.abs().sum() > 0
 
 
 @pytest.mark.parametrize(

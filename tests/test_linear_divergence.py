@@ -8,6 +8,7 @@ import torch
 from fastalign_kernels.head.divergence import (
     DivergenceStats,
     linear_divergence,
+    linear_divergence_reference,
     linear_topk_divergence,
     row_divergence,
 )
@@ -73,6 +74,11 @@ def test_equals_autograd(dtype, divergence, beta, form):
         assert relative_error(ours.grad, theirs.grad) < GRADIENTS[dtype] * (1 if dtype.itemsize > 2 else 2)
     assert th.grad is None and tw.grad is None
     assert not h.grad[3].any()
+    specified = linear_divergence_reference(
+        exact[0], exact[1], exact[3], exact[4], divergence=divergence, beta=beta, student_bias=exact[2],
+        student_form=forms[0], teacher_form=forms[1], **settings,
+    )  # fmt: skip
+    assert torch.allclose(specified, values)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)

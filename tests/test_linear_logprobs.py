@@ -3,6 +3,7 @@
 import fastalign_kernels as fk
 import pytest
 import torch
+from fastalign_kernels.head.logprobs import linear_logprobs_reference
 from head_oracle import leaves, relative_error
 from tolerances import GRADIENTS, STATISTICS
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -53,8 +54,11 @@ def test_linear_logprobs(kernels, dtype, low):
     exact = leaves(*inputs)
     logits = exact[0] @ exact[1].t() + exact[2] + (exact[3] @ exact[4].t() if low else 0)
     expected = oracle(6 * torch.tanh(logits * 1.2 / 6), targets, temperature, targets == -100)
-    settings = {"bias": bias, "temperature": temperature, "softcap": 6.0, "logit_scale": 1.2, "chunk": 8}
-    settings |= {"low_rank": tuple(inputs[3:]) or None}
+    settings = {"temperature": temperature, "softcap": 6.0, "logit_scale": 1.2}
+    if not low:
+        specified = linear_logprobs_reference(exact[0], exact[1], targets, bias=exact[2], **settings)
+        assert all(torch.allclose(a, b) for a, b in zip(specified, expected, strict=True))
+    settings |= {"bias": bias, "chunk": 8, "low_rank": tuple(inputs[3:]) or None}
     found = fk.linear_logprobs(hidden, weight, targets, entropy=True, **settings)
     assert not found[0][targets == -100].any() and not found[1][targets == -100].any()
     agree(found, expected, inputs, exact, dtype)

@@ -5,7 +5,7 @@ from unittest import mock
 import pytest
 import torch
 from fastalign_kernels.head import policy as module
-from fastalign_kernels.head.policy import linear_policy_loss
+from fastalign_kernels.head.policy import linear_policy_loss, linear_policy_loss_reference
 from fastalign_kernels.head.products import Head
 from fastalign_kernels.head.token_stats import LogitForm
 from fastalign_kernels.losses.corrections import entropy_threshold, high_entropy_mask
@@ -71,6 +71,19 @@ def assert_equal(batch, options, **settings):
     )  # fmt: skip
     bound = 1e-7 if hidden.dtype == F64 else 2e-5
     assert found.item() == pytest.approx(loss.item(), rel=bound, abs=bound)
+    given = {name: None if v is None else v.double() for name, v in known.items()}
+    tokens = PolicyTokens(advantages.double(), weights.double(), ROWS, **given)
+    specified = linear_policy_loss_reference(
+        exact[0],
+        exact[1],
+        targets,
+        tokens,
+        PolicyObjective(**options),
+        num_rows=len(LENGTHS),
+        bias=exact[2],
+        form=form,
+    )
+    assert specified.item() == pytest.approx(loss.item(), rel=1e-9)
     assert numbers.policy_loss.item() == pytest.approx(policy_loss.item(), rel=bound, abs=bound)
     for ours, theirs in zip(torch.autograd.grad(2 * found, inputs), grads, strict=True):
         assert relative_error(ours, theirs) < 4 * GRADIENTS[hidden.dtype]

@@ -18,11 +18,21 @@ from fastalign_kernels.head import (
     selective_log_softmax,
     stats,
 )
-from fastalign_kernels.modules import LinearCrossEntropyLoss
+from fastalign_kernels.modules import (
+    LinearCrossEntropyLoss,
+    LinearDivergence,
+    LinearLogprobs,
+    LinearPolicyLoss,
+    LinearPreferenceLoss,
+)
 
 __all__ = [
     "OUTPUTS",
     "LinearCrossEntropyLoss",
+    "LinearDivergence",
+    "LinearLogprobs",
+    "LinearPolicyLoss",
+    "LinearPreferenceLoss",
     "LogitForm",
     "ReferenceHead",
     "TokenStats",

@@ -76,7 +76,7 @@ def _cross_entropy(
     bias: Tensor | None,
     class_weights: Tensor | None,
     needs: list[bool],
-    ignore_index: int,
+    ignore_index: int | None,
     reduction: str,
     label_smoothing: float,
     z_loss: float,
@@ -141,7 +141,7 @@ def linear_cross_entropy(
     targets: Tensor,
     class_weights: Tensor | None,
     form: LogitForm,
-    settings: tuple[int, str, float, float, bool],
+    settings: tuple[int | None, str, float, float, bool],
     bias: Tensor | None,
     chunk: int | None,
 ) -> Tensor:

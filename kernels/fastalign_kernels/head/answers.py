@@ -33,7 +33,7 @@ class Answers:
             )
         if scored is not None and scored.shape != rows.shape:
             raise ValueError(f"scored {tuple(scored.shape)}: give {tuple(rows.shape)}, one per token")
-        rows, device = rows.cpu(), hidden.device
+        rows, device = rows.cpu(), hidden.device  # from here to there without waiting for what the GPU is at
         if rows.numel() and (int(rows.min()) < 0 or int(rows.max()) >= num_rows):
             raise ValueError(
                 f"rows hold {int(rows.min())} to {int(rows.max())}: allowed are 0 to {num_rows - 1}, "
@@ -44,18 +44,18 @@ class Answers:
         self.order: Tensor | None = None  # (N,) places of the sorted tokens
         if bool((rows.diff() < 0).any()):
             order = rows.argsort(stable=True)
-            rows, self.order = rows[order], order.to(device)
+            rows, self.order = rows[order], order.to(device, non_blocking=True)
         self.per_group, self.blocks = per_group, blocks
         self.groups = rows // per_group  # (N,) on the CPU
-        self._answer = (rows % per_group).to(device) if per_group > 1 else None
+        self._answer = (rows % per_group).to(device, non_blocking=True) if per_group > 1 else None
         counts = torch.bincount(rows, minlength=num_rows)
         self.num_tokens = counts.view(num_groups, per_group)  # on the CPU
         self._ends = self.num_tokens.sum(1).cumsum(0).tolist()
-        self.counts = counts.to(device)  # (R,) tokens
+        self.counts = counts.to(device, non_blocking=True)  # (R,) tokens
         self.scored: Tensor | None = None  # (N,) fp32, 1 for tokens that count in their answer's logp
         self.lengths = self.counts  # (R,) of those
         if scored is not None:
-            self.scored = self.sorted(scored.to(device, torch.float32))
+            self.scored = self.sorted(scored.to(device, torch.float32, non_blocking=True))
             self.lengths = row_sums(self.scored, self.counts).long()
         self._weights = self.scored
 

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastalign_kernels.head.deferred import deferred
 from fastalign_kernels.head.fused import fused
 from fastalign_kernels.head.positions import Scored, scored_positions
+from fastalign_kernels.head.rows import _form_logits
 from fastalign_kernels.head.token_stats import LogitForm, TokenStats
 from fastalign_kernels.head.vocabulary_parallel import VocabularyShard
 from fastalign_kernels.head.whole_weights import whole
@@ -120,13 +122,43 @@ def _check(reduction: str, label_smoothing: float, dft: bool, weights: Tensor | 
         raise ValueError("softcap with both class_weights and label_smoothing: leave one of the three out")
 
 
+def linear_cross_entropy_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int | None = -100,
+    reduction: Reduction = "mean",
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    class_weights: Tensor | None = None,
+    z_loss: float = 0.0,
+    dft: bool = False,
+) -> Tensor:
+    """The specification of `linear_cross_entropy`, from all logits in plain torch."""
+    z = _form_logits(F.linear(hidden, weight, bias), LogitForm(logit_scale, softcap, temperature))[0].flatten(0, -2)
+    flat, weights = targets.flatten(), None if class_weights is None else class_weights.to(z.dtype)
+    counted = flat != (-100 if ignore_index is None else ignore_index)
+    losses = F.cross_entropy(z, flat.where(counted, -100), weights, reduction="none", label_smoothing=label_smoothing)
+    if dft:
+        losses = losses * z.detach().softmax(-1).gather(1, flat.masked_fill(~counted, 0)[:, None])[:, 0]
+    squares = z_loss * z.logsumexp(-1).square().where(counted, 0)
+    if reduction == "mean":
+        by = counted.to(z.dtype) if weights is None else weights[flat.masked_fill(~counted, 0)].where(counted, 0)
+        return losses.sum() / by.sum().where(by.sum() > 0, 1) + squares.sum() / counted.sum().clamp(min=1)
+    return (losses + squares).sum() if reduction == "sum" else (losses + squares).view(targets.shape)
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     *,
     bias: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
     softcap: float | None = None,
@@ -148,9 +180,10 @@ def linear_cross_entropy(
     `z_loss` times the squared log-normaliser is added (arXiv:2204.02311 Sec. 5; its mean is over tokens). `dft`
     weights each token by its own probability (`losses.supervised.dft`). `low_rank` u (..., r) and b (V, r), `shard`
     and `weight.main_grad` as in `fused`. Targets equal to `ignore_index` are dropped before the first product and cost
-    nothing; to find them, the targets are read back from a GPU once: `fused` on listed positions does without, and
-    returns statistics too. Inside torch.compile this is one operator of the graph (`custom_ops.py`), where it takes
-    plain weights and gives their gradients to autograd; `low_rank`, `shard`, reduction "none" break it. ValueErrors.
+    nothing; to find them, the targets are read back from a GPU once. None (all are scored) does without, as `fused` on
+    listed positions does, which returns statistics too. Inside torch.compile this is one operator of the graph
+    (`custom_ops.py`), where it takes plain weights and gives their gradients to autograd; `low_rank`, `shard`,
+    reduction "none" break it. ValueErrors.
     """
     _check(reduction, label_smoothing, dft, class_weights, weight, softcap is not None)
     if class_weights is not None and shard is not None:

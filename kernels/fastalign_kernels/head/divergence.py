@@ -15,6 +15,7 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastalign_kernels.dispatch import backend
@@ -26,7 +27,7 @@ from fastalign_kernels.head.products import Head, as_one_op
 from fastalign_kernels.head.rows import Coefficients, RowStats, _blocks, _column, _form_logits, slice_form
 from fastalign_kernels.head.rows import stats_dtype as stats_dtype_of
 from fastalign_kernels.head.token_stats import LogitForm, TokenStats
-from fastalign_kernels.losses.divergence import FLOOR, resolved, topk_divergence
+from fastalign_kernels.losses.divergence import FLOOR, resolved, support_divergence, topk_divergence
 
 
 @dataclass
@@ -169,6 +170,31 @@ def _check(weights: Tensor | None, temperature: float | Tensor, num_tokens: int)
             raise ValueError(f"temperature {tuple(temperature.shape)}: give a number or ({num_tokens},)")
     elif temperature <= 0:
         raise ValueError(f"temperature={temperature}: give a positive number")
+
+
+def linear_divergence_reference(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    *,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    temperature: float | Tensor = 1.0,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    student_form: LogitForm = LogitForm(),  # noqa: B008 (frozen)
+    teacher_form: LogitForm = LogitForm(),  # noqa: B008 (frozen)
+) -> Tensor:
+    """The specification of `linear_divergence`: each token's divergence (N,), from all logits in plain torch."""
+    student, teacher = (
+        _form_logits(F.linear(hidden, weight, bias), replace(form, temperature=temperature))[0].log_softmax(-1)
+        for hidden, weight, bias, form in (
+            (student_hidden, student_weight, student_bias, student_form),
+            (teacher_hidden, teacher_weight, teacher_bias, teacher_form),
+        )
+    )
+    return support_divergence(student, teacher.detach().to(student.dtype), divergence, beta)
 
 
 @as_one_op

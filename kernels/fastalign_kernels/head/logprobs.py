@@ -6,17 +6,47 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastalign_kernels.head.deferred import deferred
 from fastalign_kernels.head.operands import check_targets
 from fastalign_kernels.head.positions import scored_positions
-from fastalign_kernels.head.rows import Coefficients, RowStats, empty_stats, row_gradient, row_stats, slice_form
+from fastalign_kernels.head.rows import (
+    Coefficients,
+    RowStats,
+    _form_logits,
+    empty_stats,
+    row_gradient,
+    row_stats,
+    slice_form,
+)
 from fastalign_kernels.head.rows import stats_dtype as stats_dtype_of
 from fastalign_kernels.head.stats import stats
 from fastalign_kernels.head.token_stats import LogitForm, TokenStats
 from fastalign_kernels.head.vocabulary_parallel import VocabularyShard
+
+
+def linear_logprobs_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int | None = -100,
+) -> tuple[Tensor, Tensor]:
+    """The specification of `linear_logprobs` with `entropy`, from all logits in plain torch."""
+    log_p = _form_logits(F.linear(hidden, weight, bias), LogitForm(logit_scale, softcap, temperature))[0].log_softmax(
+        -1
+    )
+    ignored = torch.zeros_like(targets, dtype=torch.bool) if ignore_index is None else targets == ignore_index
+    logp = log_p.gather(-1, targets.masked_fill(ignored, 0).unsqueeze(-1)).squeeze(-1)
+    entropy = torch.special.entr(log_p.exp()).sum(-1)
+    return logp.masked_fill(ignored, 0), entropy.masked_fill(ignored, 0)
 
 
 def linear_logprobs(

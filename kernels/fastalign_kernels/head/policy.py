@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from fastalign_kernels.head.chunks import chunk_size
 from fastalign_kernels.head.deferred import deferred
 from fastalign_kernels.head.fused import fused
+from fastalign_kernels.head.logprobs import linear_logprobs_reference
 from fastalign_kernels.head.stats import stats
 from fastalign_kernels.head.token_stats import LogitForm, TokenStats
 from fastalign_kernels.head.vocabulary_parallel import VocabularyShard
@@ -99,6 +100,26 @@ def _chunk_holds_rows(rows: Tensor, chunk: int) -> bool:
     return int(lengths.max()) <= chunk
 
 
+def linear_policy_loss_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    tokens: PolicyTokens,
+    objective: PolicyObjective,
+    *,
+    num_rows: int = 0,
+    bias: Tensor | None = None,
+    form: LogitForm = LogitForm(),  # noqa: B008 (frozen)
+) -> Tensor:
+    """The specification of `linear_policy_loss`: all logits, then the terms of all tokens at once; 0-dim."""
+    options = {"temperature": form.temperature, "softcap": form.softcap, "logit_scale": form.scale}
+    logp, entropy = linear_logprobs_reference(hidden, weight, targets, bias=bias, ignore_index=None, **options)
+    if objective.top_entropy_quantile < 1.0:
+        bound = entropy_threshold(entropy.detach(), objective.top_entropy_quantile)
+        tokens = replace(tokens, entropy_mask=high_entropy_mask(entropy.detach(), bound))
+    return _LossFunction(tokens, objective, num_rows)(TokenStats(logp, entropy), slice(0, len(targets)))
+
+
 def linear_policy_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -139,7 +160,7 @@ def linear_policy_loss(
     """
     objective = PolicyObjective(**options)
     _check_rows(rows, num_rows)
-    ids = None if rows is None else rows.to(hidden.device)
+    ids = None if rows is None else rows.to(hidden.device, non_blocking=True)
     if weights is None:
         weights = _default_weights(ids, num_rows, targets, objective)
     if ref_hidden is not None:

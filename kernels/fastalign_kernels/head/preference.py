@@ -85,7 +85,7 @@ def _reference_logps(
     if ref_logps is not None:
         if ref_logps.shape != answers.counts.shape:
             raise ValueError(f"ref_logps {tuple(ref_logps.shape)}: give ({answers.counts.numel()},), one per answer")
-        return answers.to_groups(ref_logps.detach().to(answers.counts.device))
+        return answers.to_groups(ref_logps.detach().to(answers.counts.device, non_blocking=True))
     if reference is None:
         return None
     head = {"bias": reference.bias, "form": reference.form, "chunk": chunk, "shard": shard}
@@ -324,7 +324,7 @@ def linear_unpaired_loss(
         raise ValueError(
             f"loss_type={loss_type!r} without reference or baseline: give ref_logps or a ReferenceHead, and z"
         )
-    labels = labels.to(hidden.device, torch.bool)
+    labels = labels.to(hidden.device, torch.bool, non_blocking=True)
     weights = settings.pop("undesirable_weights", None) if loss_type == "bco" else None
     divisor = max(1, labels.numel()) if row_divisor is None else row_divisor
     shift = None if callable(baseline) else baseline

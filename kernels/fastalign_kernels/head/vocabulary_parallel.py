@@ -33,7 +33,7 @@ class VocabularyShard:
 
     def vocabulary(self, num_rows: int, device: torch.device) -> Tensor:
         """Rows of the whole head, 0-dim int64 on `device`."""
-        total = torch.tensor(num_rows, device=device)
+        total = torch.full((), num_rows, device=device)  # filled there: a copy would wait for it
         dist.all_reduce(total, group=self.group)
         return total
 
