@@ -8,6 +8,7 @@ A shape is sequences x mean length x heads x head size; lengths are log-normal w
 
 from __future__ import annotations
 
+import itertools
 import sys
 
 import torch
@@ -46,12 +47,8 @@ def _with_backward(attend):
     return run
 
 
-def _segments(bounds: torch.Tensor) -> Segments:
-    return Segments(bounds, int(bounds.diff().max()))
-
-
-def _ours(q, k, v, bounds):
-    return packed_attention(q, k, v, None, None, segments=_segments(bounds), scale=q.shape[-1] ** -0.5)
+def _ours(q, k, v, segments: Segments):
+    return packed_attention(q, k, v, None, None, segments=segments, scale=q.shape[-1] ** -0.5)
 
 
 def _one_by_one(q, k, v, bounds):
@@ -67,40 +64,50 @@ def _padded(q, k, v, bounds):
     return torch.cat([row[:length] for row, length in zip(out, lengths, strict=True)])
 
 
-def _dense_mask(q, k, v, bounds):
-    number = torch.bucketize(torch.arange(q.shape[0], device=q.device), bounds[1:], right=True)
-    mask = (number[:, None] == number[None]).tril()
+def _dense_mask(q, k, v, segments: Segments):
+    number = segments.numbers(q.shape[0])
+    mask = segments.kept("dense mask", lambda: (number[:, None] == number[None]).tril())
     return F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in (q, k, v)), mask).transpose(0, 1)
 
 
-def _flash_attn(q, k, v, bounds):
+def _flash_attn(q, k, v, segments: Segments):
     how = {"scale": q.shape[-1] ** -0.5, "causal": True, "window": None, "softcap": None, "dropout": 0.0}
-    return flash_attn_attention(q, k, v, _segments(bounds), **how)
+    return flash_attn_attention(q, k, v, segments, **how)
 
 
-def _varlen(q, k, v, bounds):
-    return varlen_attention(q, k, v, _segments(bounds), scale=q.shape[-1] ** -0.5, causal=True, window=None)
+def _varlen(q, k, v, segments: Segments):
+    return varlen_attention(q, k, v, segments, scale=q.shape[-1] ** -0.5, causal=True, window=None)
 
 
-def _flex(q, k, v, bounds):
+def _flex(q, k, v, segments: Segments):
     how = {"scale": q.shape[-1] ** -0.5, "causal": True, "window": None, "softcap": None, "sinks": None}
-    return flex_attention(q, k, v, _segments(bounds), **how)
+    return flex_attention(q, k, v, segments, **how)
 
 
-PROVIDERS = [
-    Provider("fastalign", _with_backward(_ours), "fastalign"),
-    Provider("padded", _with_backward(_padded)),
-    Provider("dense-mask", _with_backward(_dense_mask)),
-    Provider("flash-attn", _with_backward(_flash_attn), "flash-attn", needs_cuda=True),
-    Provider("varlen", _with_backward(_varlen), needs_cuda=True),
-    Provider("flex", _with_backward(_flex), needs_cuda=True),
-]
+PEERS = ["padded", "dense-mask", "flash-attn", "varlen", "flex"]
+
+
+def providers_of(segments: Segments) -> list[Provider]:
+    """All of them on one batch: what follows from its bounds is made once, as for the layers of a model."""
+
+    def on(attend):
+        return _with_backward(lambda q, k, v, bounds: attend(q, k, v, segments))
+
+    return [
+        Provider("fastalign", on(_ours), "fastalign"),
+        Provider("padded", _with_backward(_padded)),
+        Provider("dense-mask", on(_dense_mask)),
+        Provider("flash-attn", on(_flash_attn), "flash-attn", needs_cuda=True),
+        Provider("varlen", on(_varlen), needs_cuda=True),
+        Provider("flex", on(_flex), needs_cuda=True),
+    ]
 
 
 def case_of(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Case:
     """Forward and backward of causal attention; 2 products forward, 5 backward, half of each is masked."""
     count, mean, heads, size = shape
     lengths = lengths_of(count, mean)
+    bounds = F.pad(lengths.cumsum(0), (1, 0)).to(device=device(), dtype=torch.int32)
     squares = float(lengths.double().pow(2).sum())
     itemsize = torch.empty(0, dtype=dtype).element_size()
     return Case(
@@ -109,7 +116,7 @@ def case_of(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Case:
         dtype=dtype,
         make=lambda: make_inputs(lengths, heads, size, dtype),
         exact=_with_backward(_one_by_one),
-        providers=PROVIDERS,
+        providers=providers_of(Segments(bounds, int(lengths.max()))),
         flops=7 * squares * heads * size,
         bytes=itemsize * 8 * int(lengths.sum()) * heads * size,
     )
@@ -121,14 +128,19 @@ def _prompt_and_answers(answers: int, prompt: int, tokens: int) -> Segments:
     return Segments(bounds, max(prompt, tokens), prefix, answers * tokens)
 
 
-def _without_sharing(q, k, v, segments: Segments, bounds):
+def _without_sharing(q, k, v, segments: Segments):
     """Each answer with its own copy of the prompt; of the prompt's results the first copy's count."""
-    index, prompt = [], torch.arange(segments.lengths[0], device=q.device)
-    for start, stop in zip(bounds[1:-1].tolist(), bounds[2:].tolist(), strict=True):
-        index += [prompt, torch.arange(start, stop, device=q.device)]
-    rows, lengths = torch.cat(index), bounds.diff()[1:] + len(prompt)
-    out = _ours(q[rows], k[rows], v[rows], F.pad(lengths.cumsum(0), (1, 0)).int())
-    parts = out.split([len(x) for x in index])
+
+    def copies() -> tuple[list[torch.Tensor], Segments]:
+        prompt, index = torch.arange(segments.lengths[0], device=q.device), []
+        for start, stop in itertools.pairwise(segments.cu_seqlens.tolist()[1:]):
+            index += [prompt, torch.arange(start, stop, device=q.device)]
+        lengths = segments.cu_seqlens.diff()[1:] + len(prompt)
+        return index, Segments(F.pad(lengths.cumsum(0), (1, 0)).int(), int(lengths.max()))
+
+    index, apart = segments.kept("copies", copies)
+    rows = segments.kept("rows of copies", lambda: torch.cat(index))
+    parts = _ours(q[rows], k[rows], v[rows], apart).split([len(x) for x in index])
     return torch.cat([parts[0], *parts[1::2]])
 
 
@@ -153,7 +165,7 @@ def prefix_case_of(sizes: tuple[int, int, int], heads: int, size: int, dtype: to
         exact=_with_backward(dense),
         providers=[
             Provider("fastalign", _with_backward(shared), "fastalign"),
-            Provider("unshared", _with_backward(lambda q, k, v, b: _without_sharing(q, k, v, segments, b))),
+            Provider("unshared", _with_backward(lambda q, k, v, b: _without_sharing(q, k, v, segments))),
             Provider("dense-mask", _with_backward(dense)),
         ],
         flops=7 * pairs * heads * size,
@@ -162,8 +174,7 @@ def prefix_case_of(sizes: tuple[int, int, int], heads: int, size: int, dtype: to
 
 
 def main() -> int:
-    names = [*(provider.name for provider in PROVIDERS[1:]), "unshared"]
-    options = parser_of(__doc__, names, "sequences x mean length x heads x head size").parse_args()
+    options = parser_of(__doc__, [*PEERS, "unshared"], "sequences x mean length x heads x head size").parse_args()
     shapes = shapes_of(options, GPU_SHAPES if device().type == "cuda" else CPU_SHAPES, (3, 20, 2, 16))
     cases = [case_of(shape, dtype) for shape in shapes for dtype in dtypes_of(options)]
     prompts = [(2, 30, 8)] if options.dry_run else PROMPTS

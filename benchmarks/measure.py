@@ -22,6 +22,7 @@ import torch
 from results_file import append_rows, installed, percentiles, results_file
 
 Tensors = dict[str, torch.Tensor]
+SPAN = 20.0  # ms of GPU time between two events, where one call takes less
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,28 @@ def _finish() -> None:
         torch.cuda.synchronize()
 
 
-def _seconds(call: Callable[[], object]) -> float:
+def milliseconds(call: Callable[[], object], times: int = 1) -> float:
+    """Time of a call, a mean over `times` calls in a row; on a GPU between two of its events."""
     _finish()
-    start = time.perf_counter()
-    call()
-    _finish()
-    return time.perf_counter() - start
+    if not torch.cuda.is_available():
+        start = time.perf_counter()
+        for _ in range(times):
+            call()
+        return (time.perf_counter() - start) * 1e3 / times
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(times):
+        call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / times
+
+
+def _times_in_a_row(call: Callable[[], object]) -> int:
+    """How often to call between two events: the GPU then waits for Python once, not in each call."""
+    if not torch.cuda.is_available():
+        return 1
+    return max(1, min(20, round(SPAN / max(milliseconds(call), 1e-3))))
 
 
 class Roof:
@@ -83,8 +100,8 @@ class Roof:
             size = 8192 if device().type == "cuda" else 1024
             a, b = (torch.randn(size, size, device=device()).to(dtype) for _ in range(2))
             out = torch.empty(size, size, device=device(), dtype=dtype)
-            best = min(_seconds(lambda: torch.mm(a, b, out=out)) for _ in range(12))
-            self._found[dtype] = 2 * size**3 / best
+            best = min(milliseconds(lambda: torch.mm(a, b, out=out)) for _ in range(12))
+            self._found[dtype] = 2 * size**3 / best * 1e3
         return self._found[dtype]
 
     def bandwidth(self) -> float:
@@ -93,7 +110,8 @@ class Roof:
             count = 2**30 if device().type == "cuda" else 2**26
             source = torch.ones(count, dtype=torch.uint8, device=device())
             target = torch.empty_like(source)
-            self._found["copy"] = 2 * count / min(_seconds(lambda: target.copy_(source)) for _ in range(12))
+            best = min(milliseconds(lambda: target.copy_(source)) for _ in range(12))
+            self._found["copy"] = 2 * count / best * 1e3
         return self._found["copy"]
 
     def seconds(self, case: Case) -> float:
@@ -142,11 +160,20 @@ def _clear(inputs: Tensors) -> None:
         tensor.grad = None
 
 
-def _in_double(inputs: Tensors) -> Tensors:
-    return {
-        name: t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t
-        for name, t in inputs.items()
-    }
+def _specification(case: Case, inputs: Tensors) -> Tensors:
+    """Exact results and gradients: in fp64, or in fp32 where the device has no room for that."""
+    for dtype in (torch.float64, torch.float32):
+        wide = {
+            name: t.detach().to(dtype).requires_grad_(t.requires_grad) if t.is_floating_point() else t
+            for name, t in inputs.items()
+        }
+        try:
+            return {name: value.detach() for name, value in case.exact(wide).items()} | _gradients(wide)
+        except torch.OutOfMemoryError as error:
+            full = str(error)
+        del wide
+        _trim()
+    raise torch.OutOfMemoryError(full)
 
 
 def largest_error(found: Tensors, exact: Tensors) -> float:
@@ -162,14 +189,30 @@ def largest_error(found: Tensors, exact: Tensors) -> float:
     return max(errors) if all(e == e for e in errors) else float("inf")
 
 
+def _interleaved(ready: list[Provider], inputs: Tensors, repeats: int) -> dict[str, list[float]]:
+    """Milliseconds of each provider, one repeat of all after the other."""
+
+    def call_of(provider: Provider) -> Callable[[], object]:
+        def call() -> object:
+            _clear(inputs)
+            return provider.run(inputs)
+
+        return call
+
+    calls = {provider.name: call_of(provider) for provider in ready}
+    in_a_row = {name: _times_in_a_row(call) for name, call in calls.items()}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            times[name].append(milliseconds(call, in_a_row[name]))
+    return times
+
+
 def measure(case: Case, wanted: list[str], repeats: int, roof: Roof) -> list[dict]:
     """Rows of the case, one for each of the `wanted` providers that is installed and right."""
     torch.manual_seed(0)
     inputs = case.make()
-    doubled = _in_double(inputs)
-    exact = case.exact(doubled)
-    exact = {name: value.detach() for name, value in exact.items()} | _gradients(doubled)
-    del doubled
+    exact = _specification(case, inputs)
     errors, peaks, ready = {}, {}, []
     for provider in case.providers:
         if provider.name not in wanted:
@@ -194,11 +237,7 @@ def measure(case: Case, wanted: list[str], repeats: int, roof: Roof) -> list[dic
     for provider in ready:
         _clear(inputs)
         peaks[provider.name] = peak_bytes(lambda run=provider.run: run(inputs))
-    times: dict[str, list[float]] = {provider.name: [] for provider in ready}
-    for _ in range(repeats):
-        for provider in ready:
-            _clear(inputs)
-            times[provider.name].append(_seconds(lambda run=provider.run: run(inputs)) * 1e3)
+    times = _interleaved(ready, inputs, repeats)
     rows = []
     for provider in ready:
         row = {"op": case.op, "provider": provider.name, "mode": case.mode, "shape": case.shape, "unit": "ms"}
@@ -248,16 +287,19 @@ def run_cases(cases: list[Case], options: argparse.Namespace) -> int:
     if unknown:
         print(f"--against: unknown {sorted(unknown)}", file=sys.stderr)
         return 2
-    roof, rows = Roof(), []
+    roof, rows, failed = Roof(), [], False
     for case in cases:
         if options.ops and not any(part in case.op for part in options.ops):
             continue
         print(f"{case.op} {case.mode} {case.shape} {str(case.dtype).removeprefix('torch.')}", flush=True)
         try:
             found = measure(case, ["fastalign", *options.against], 1 if options.dry_run else options.repeats, roof)
-        except torch.OutOfMemoryError as error:  # the specification in fp64 is what takes most
+        except torch.OutOfMemoryError as error:  # the specification is what takes most
             print(f"  left out, {str(error)[:200]}")
             found = []
+        except Exception as error:  # the other cases are worth having
+            print(f"  failed, {type(error).__name__}: {str(error)[:400]}", flush=True)
+            found, failed = [], True
         rows += found
         if not options.dry_run:  # each case at once: what is measured stays if a later one is stopped
             append_rows(options.output or results_file(), found)
@@ -266,7 +308,7 @@ def run_cases(cases: list[Case], options: argparse.Namespace) -> int:
         from plots import draw
 
         draw(rows, options.plot)
-    return 0 if any(row["provider"] == "fastalign" for row in rows) else 1
+    return 0 if not failed and any(row["provider"] == "fastalign" for row in rows) else 1
 
 
 def shapes_of(options: argparse.Namespace, default: list[tuple[int, ...]], tiny: tuple[int, ...]) -> list[tuple]:

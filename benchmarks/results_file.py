@@ -54,7 +54,10 @@ def results_file() -> Path:
 
 def commit() -> str:
     """Commit of the checkout, with `+` where files of the library differ from it."""
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    try:
+        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    except OSError:  # no git here
+        return ""
     if head.returncode:
         return ""
     library = ["fastalign", "kernels", "csrc"]

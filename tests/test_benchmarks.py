@@ -62,20 +62,30 @@ def test_wrong_results_and_gradients_are_not_timed(capsys):
 
 
 def test_what_is_measured_stays_when_a_later_case_fails(tmp_path, capsys):
-    """A case too large for the card is named and left out; each case is on disk before the next one starts."""
+    """Each case is on disk before the next one starts; what a card has no room for in fp64 is held against fp32."""
     path, fine, large, broken = tmp_path / "found.json", square_case([]), square_case([]), square_case([])
+    narrow, exact = square_case([]), fine.exact
 
     def exhausted(inputs):
-        raise torch.OutOfMemoryError("no room for fp64")
+        raise torch.OutOfMemoryError("no room for fp32")
+
+    def in_fp32(inputs):
+        if inputs["x"].dtype == torch.float64:
+            raise torch.OutOfMemoryError("no room for fp64")
+        return exact(inputs)
 
     def fails(inputs):
         raise RuntimeError(f"{len(results_file.read_rows(path))} rows")
 
-    large.exact, broken.exact = exhausted, fails
-    options = measure.parser_of("", ["exact"], "").parse_args(["--repeats", "1", "--output", str(path)])
-    with pytest.raises(RuntimeError, match="1 rows"):
-        measure.run_cases([fine, large, broken], options)
-    assert "left out, no room for fp64" in capsys.readouterr().out
+    large.exact, broken.exact, narrow.exact = exhausted, fails, in_fp32
+    own = measure.Provider("fastalign", exact)
+    for case in (fine, large, broken, narrow):
+        case.providers = [own]
+    options = measure.parser_of("", ["fastalign"], "").parse_args(["--repeats", "1", "--output", str(path)])
+    assert measure.run_cases([fine, large, narrow], options) == 0 and len(results_file.read_rows(path)) == 2
+    assert measure.run_cases([broken, fine], options) == 1 and len(results_file.read_rows(path)) == 3
+    out = capsys.readouterr().out
+    assert "left out, no room for fp32" in out and "failed, RuntimeError: 2 rows" in out
 
 
 def test_peak_memory_is_what_a_call_adds():
