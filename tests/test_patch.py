@@ -337,6 +337,7 @@ import sys; sys.path[:0] = [{root!r}, {root!r} + "/kernels", {root!r} + "/tests"
 import torch, torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from tiny import tiny_model
+from fastalign.loop.distributed import await_gloo_threads
 from fastalign.patch import patch_model
 dist.init_process_group("gloo", init_method="file://{file}", rank=0, world_size=1)
 ids = torch.arange(12).view(1, 12)
@@ -356,6 +357,7 @@ for own in (False, True):
         optimizer.zero_grad()
     losses.append(loss.item())
 assert abs(losses[0] - losses[1]) < 1e-5, losses
+await_gloo_threads()  # joined with the interpreter's lock held
 dist.destroy_process_group()
 print("same")
 """
