@@ -129,14 +129,14 @@ class NativeEngine:
 
     def sync(self, version: int) -> SyncReport:
         """The weights are the model's own; keys of older ones are computed again before the next token."""
-        while self._cohorts:
-            self._put_back(self._cohorts[-1])
+        self.sleep()
         self.version = version
         return SyncReport("same model", 0.0)
 
     def sleep(self) -> None:
         """Give back the keys of pending requests, to be computed again: nothing else is held."""
-        self.sync(self.version)
+        while self._cohorts:
+            self._put_back(self._cohorts[-1])
 
     def close(self) -> None:
         """Forget everything; the model stays as it is."""
