@@ -11,7 +11,7 @@ from fake_vllm import FakeVLLM
 from grpo_runs import grpo_trainer
 from peft import LoraConfig, get_peft_model
 from test_grpo import SAMPLED, history
-from tiny import tiny_model
+from tiny import tiny_model, tiny_tokenizer
 from tolerances import GRADIENTS, STATISTICS
 
 import fastalign
@@ -22,7 +22,7 @@ from fastalign.policy_check import TOLERANCE
 from fastalign.rollout.engine import Request, Sampling, generate
 from fastalign.rollout.native import NativeEngine
 from fastalign.rollout.own_weights import OwnWeightsEngine
-from fastalign.rollout.vllm_engine import engine_dtype
+from fastalign.rollout.vllm_engine import VLLMEngine, engine_dtype
 from fastalign.rollout.vllm_server import VLLMServerEngine
 from fastalign.rollout.weights import TrainingWeights, WeightPath
 from fastalign.scoring_head import body_dtype, keep_head_in_fp32
@@ -210,3 +210,19 @@ def test_sampled_log_probabilities_are_of_the_fp32_head(family):
     with torch.no_grad():
         logp = by_hand(model, model.lm_head.weight, IDS[:-1]).log_softmax(-1)[-1, done.ids[0]]
     assert done.logps[0] == pytest.approx(float(logp), abs=1e-4)
+
+
+@pytest.mark.vllm
+def test_the_real_vllm_gets_the_head_after_each_step():
+    from test_vllm_engine import BF16, CONFIG, SIZES, learn, worst
+
+    model = tiny_model("qwen2", **(SIZES | {"head_dim": None})).to(torch.bfloat16)
+    keep_head_in_fp32(model)
+    engine = VLLMEngine(model, tiny_tokenizer(), CONFIG, sampling=Sampling(8))
+    assert engine.way == "in place" and "several dtypes" in engine.reason
+    assert worst(engine, model) < BF16
+    learn(model)
+    assert worst(engine, model) > 4 * BF16
+    engine.sync(1)
+    assert worst(engine, model) < BF16
+    engine.close()
