@@ -178,11 +178,15 @@ def packed_attention(
     if shared and not causal:
         raise ValueError("segments that share a prefix need causal=True: a prefix cannot see what follows it.")
     window = segments.reach(window)
+    dtype = v.dtype
+    if q.device.type == "cpu" and dtype in device.HALF:
+        # torch compiles a kernel for each length there, 0.1 s and up to a megabyte, and keeps all of them
+        q, k, v = q.float(), k.float(), v.float()
     backend = choose_backend(q, k, v, window=window, softcap=softcap, sinks=sinks, dropout=dropout, shared=shared)
     if not q.is_cuda and sum(segments.lengths) != q.shape[0]:
         raise ValueError(f"cu_seqlens must end at the {q.shape[0]} tokens of q; found {sum(segments.lengths)}.")
     if backend == "cascade":
-        return cascade_attention(q, k, v, segments, scale=scale, sinks=sinks)
+        return cascade_attention(q, k, v, segments, scale=scale, sinks=sinks).to(dtype)
     if backend == "flash_attn":
         return device.flash_attn_attention(
             q, k, v, segments, scale=scale, causal=causal, window=window, softcap=softcap, dropout=dropout
@@ -195,4 +199,4 @@ def packed_attention(
         )
     return segment_attention(
         q, k, v, segments, scale=scale, causal=causal, window=window, softcap=softcap, sinks=sinks, dropout=dropout
-    )
+    ).to(dtype)
