@@ -12,7 +12,7 @@ from tiny import tiny_model, tiny_tokenizer
 
 import fastalign
 
-STEPS = 3
+STEPS = 5
 END, LONGEST = 2, 9
 SETTINGS = {
     "per_device_train_batch_size": 4,
@@ -20,6 +20,7 @@ SETTINGS = {
     "num_generations": 4,
     "max_completion_length": LONGEST,
     "max_steps": STEPS,
+    "adam_epsilon": 1e-4,  # what rounding leaves of gradients that are zero makes no whole steps
     "logging_steps": 1,
     "learning_rate": 1e-2,
     "bf16": False,

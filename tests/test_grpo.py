@@ -90,7 +90,7 @@ def test_a_micro_batch_within_the_budget_holds_a_prompt_once(tmp_path):
     trainer.compute_loss = watch
     trainer.train()
     assert all(held <= 100 for held, _, _ in sizes)
-    assert sum(count for _, _, count in sizes) == 3 * 8
+    assert sum(count for _, _, count in sizes) == 5 * 8
     assert sum(held for held, _, _ in sizes) < 0.75 * sum(tokens for _, tokens, _ in sizes)
 
 

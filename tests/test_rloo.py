@@ -19,7 +19,7 @@ SETTINGS = {
     "per_device_train_batch_size": 4,
     "gradient_accumulation_steps": 2,
     "max_completion_length": LONGEST,
-    "max_steps": 2,
+    "max_steps": 5,
     "logging_steps": 1,
     "learning_rate": 1e-2,
     "bf16": False,
@@ -99,9 +99,8 @@ def assert_same(ours: list[dict], theirs: list[dict]) -> None:
 
 
 CASES = {
-    "default": {"evaluate": True, "max_steps": 5},
+    "default": {"evaluate": True},
     "off-policy": {
-        "max_steps": 4,
         "steps_per_generation": 4,
         "num_iterations": 2,
         "epsilon": 0.02,
@@ -110,7 +109,7 @@ CASES = {
     "no-reference": {"beta": 0.0, "normalize_advantages": True, "steps_per_generation": 4},
     "clipped": {"reward_clip_range": (-1.0, 2.0), "beta": 0.5, "reward_weights": [0.5, 2.0], "temperature": 0.7},
     "truncated": {"mask_truncated_completions": True, "epsilon_high": 0.3},
-    "lora": {"lora": True, "max_steps": 2},
+    "lora": {"lora": True},
 }
 
 
