@@ -3,7 +3,9 @@
 import io
 import itertools
 import math
+import re
 import time
+from html import unescape
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +19,8 @@ from scripted_engine import ScriptedEngine
 from test_grpo import SAMPLED, history
 from tiny import tiny_model
 from transformers import TrainerCallback
+
+from fastalign.report import write_report
 
 NAN = math.nan
 STILL = {"optim": "sgd", "learning_rate": 1e-2}  # a gradient of zero leaves the weights where they are
@@ -38,7 +42,7 @@ class Weights(TrainerCallback):
 def watched(folder, rewards, **config):
     """(lines of the log, rewards (N, K) and advantages (N,) of each generation batch, weights after each step)."""
     weights, batches = Weights(), []
-    trainer = grpo_trainer(folder, rewards=rewards, callbacks=[weights], **config)
+    trainer = grpo_trainer(folder, rewards=rewards, callbacks=[weights], **{"max_steps": 3} | config)
     score = trainer.score
 
     def watch(batch):
@@ -303,3 +307,23 @@ def test_files_are_sent_whole_or_not_yet(hub, tmp_path, monkeypatch):
     trainer.train()
     assert held == [True] and not scheduler.lock.locked()
     scheduler.stop()
+
+
+def test_the_report_of_a_run_shows_rewards_first_and_completions_as_they_were(tmp_path):
+    config = {"log_completions": True, "num_completions_to_print": 0, "max_steps": 3}
+    trainer = grpo_trainer(tmp_path, rewards=[tokens, length_reward], **config)
+    trainer.train()
+    trainer.save_state()
+    page = write_report(tmp_path).read_text()
+    captions = [re.sub("<.*", "", text) for text in re.findall(r"<figcaption>(.*?)</figcaption>", page)]
+    rewards = ["reward", "rewards/length reward/mean", "rewards/tokens/mean"]  # the state has its keys in this order
+    assert captions[:6] == [*rewards, "loss", "entropy", "gradient norm"]
+    tables = page[page.index("<h2>Completions</h2>") :].split("<h4>")[1:]
+    assert [table[: table.index("<")] for table in tables] == ["step 1", "step 3"]
+    for table, step in zip(tables, (1, 3), strict=True):
+        written = pandas.read_parquet(tmp_path / "completions" / f"completions_{step:05d}.parquet")
+        shown = re.findall("<tr><td>(.*?)</tr>", table.split("</tbody>")[0], re.DOTALL)
+        cells = [[re.sub("<.*?>", "", cell) for cell in row.split("</td>")[:5]] for row in shown]
+        assert [unescape(row[1]) for row in cells] == written.completion.tolist() and len(cells) == 8
+        for place, name in ((2, "tokens"), (3, "length_reward"), (4, "advantage")):
+            assert [float(row[place]) for row in cells] == pytest.approx(written[name].tolist(), rel=1e-3, abs=1e-3)
