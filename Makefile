@@ -31,6 +31,8 @@ demo: $(VENV)/native.stamp
 	$(BIN)/fastalign demo $(ARGS)
 
 test: $(VENV)/native.stamp $(VENV)/test.stamp
+	@test -e $(VENV)/quantization.stamp || $(MAKE) --no-print-directory $(VENV)/quantization.stamp || \
+		echo "bitsandbytes cannot be installed: the tests of 4 bits are skipped"
 	$(TEST) -n $(JOBS) --dist loadgroup $(if $(wildcard $(VLLM)),-m 'not vllm') $(ARGS)
 	$(if $(wildcard $(VLLM)),PYTHONPATH=$(abspath $(VLLM)) $(TEST) -m vllm $(or $(ARGS),$(VLLM_TESTS)) || [ $$? -eq 5 ])
 

@@ -45,6 +45,10 @@ def add_adapter(loaded: LoadedModel, peft_config, args) -> None:
     if args.gradient_checkpointing:
         loaded.model.enable_input_require_grads()
     if is_quantized(loaded.model):
+        for module in loaded.model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                # what bitsandbytes packs on CPUs, at its first use without gradients, computes in bf16 and has none
+                module.support_avx512bf16_for_cpu = False
         for name, parameter in loaded.model.named_parameters():
             # QLoRA trains its adapters in bf16; DoRA's magnitudes move by less than bf16 resolves
             if parameter.requires_grad and "lora_magnitude_vector" not in name:
