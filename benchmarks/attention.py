@@ -67,7 +67,7 @@ def _padded(q, k, v, bounds):
 def _dense_mask(q, k, v, segments: Segments):
     number = segments.numbers(q.shape[0])
     mask = segments.kept("dense mask", lambda: (number[:, None] == number[None]).tril())
-    return F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in (q, k, v)), mask).transpose(0, 1)
+    return F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in (q, k, v)), attn_mask=mask).transpose(0, 1)
 
 
 def _flash_attn(q, k, v, segments: Segments):

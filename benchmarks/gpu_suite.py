@@ -120,7 +120,8 @@ def tests(call: Call) -> dict:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     if call.dry:
         return run([*command, *(f"tests/{f}::{name}" for f, names in DRY_TESTS.items() for name in names)], call.limit)
-    at_once = ["-n", "8"] if importlib.util.find_spec("xdist") else []  # most of the time is spent compiling
+    processes = str(max(2, (os.cpu_count() or 4) * 3 // 4))  # most of the time is spent compiling
+    at_once = ["-n", processes] if importlib.util.find_spec("xdist") else []
     files = [f"tests/{name}" for name in KERNEL_TESTS]
     return left_out("pytest") or run([*command, *at_once, "--tb=short", "-m", "not slow", *files], call.limit)
 
@@ -185,7 +186,7 @@ PARTS: dict[str, tuple[int, Callable[[Call], dict]]] = {  # name -> seconds at m
     "build": (60, build),
     "numerics": (60, inside("numerics")),
     "tests": (150, tests),
-    "head": (100, bench("head")),
+    "head": (120, bench("head")),
     "losses": (80, bench("losses")),
     "forms": (60, inside("forms")),
     "layers": (70, bench("layers")),
@@ -230,6 +231,8 @@ def main() -> int:
     if output.exists() and not options.again and not options.dry_run:
         results = json.loads(output.read_text())
     results["machine"], waiting = machine(), []
+    if not options.dry_run:
+        output.parent.mkdir(parents=True, exist_ok=True)
     for name in options.parts:
         if name in results and not results[name].get("exit_code"):
             continue
@@ -240,7 +243,6 @@ def main() -> int:
         print(f"== {name}", flush=True)
         results[name] = measure(name, Call(options.dry_run, left, rows))
         if not options.dry_run:
-            output.parent.mkdir(parents=True, exist_ok=True)
             output.write_text(json.dumps(results, indent=1) + "\n")
     if not options.dry_run:
         results["goals"] = goals(read_rows(rows))

@@ -226,9 +226,14 @@ def test_refuses(change, message):
             linear_topk_divergence(*(arguments[n] for n in names[:2]), torch.zeros(N, 3), torch.zeros(N, 2).long())
 
 
-def _extreme(vocabulary):
+def device_of(backend):
+    """Compiled kernels need the card, the interpreter and the reference do not."""
+    return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+
+
+def _extreme(vocabulary, backend):
     """Rows with logits of size 200, a masked column in the teacher, in both, one certain token, equal rows."""
-    z, u = torch.randn(2, 6, vocabulary)
+    z, u = torch.randn(2, 6, vocabulary).to(device_of(backend))
     z[0], u[0] = z[0] * 70, u[0] * 70
     u[1, 5] = -torch.inf
     z[1, 5] = -150.0
@@ -241,13 +246,15 @@ def _extreme(vocabulary):
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_extreme_rows(divergence, backend):
-    z, u = _extreme(130)
+    z, u = _extreme(130, backend)
     z64, u64 = z.double().requires_grad_(), u.double()
     exact = support_divergence(z64.log_softmax(-1), u64.log_softmax(-1), divergence, 0.3)
     exact.sum().backward()
-    out = DivergenceStats(torch.empty(6), torch.empty(6))
+    out = DivergenceStats(*torch.empty(2, 6, device=z.device))
     with _on(backend):
-        grad = row_divergence(z, u, LogitForm(), LogitForm(), divergence, 0.3, torch.ones(6), out, torch.float32)
+        grad = row_divergence(
+            z, u, LogitForm(), LogitForm(), divergence, 0.3, torch.ones_like(out.entropy), out, torch.float32
+        )
     # row 0: a last bit of 1e-5 in logits of 200; row 4: of 6e-5 in logits of 1000
     assert torch.allclose(out.divergence.double(), exact, atol=3e-4, rtol=1e-5)
     assert (grad.double() - z64.grad.nan_to_num(0.0)).abs().max() < 3e-4
@@ -258,13 +265,15 @@ def test_extreme_rows(divergence, backend):
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_confident_rows_that_nearly_agree(divergence, backend):
     """Logits of size 30, p - q of 1e-3 and less: the gradient does not drown in the rounding of p."""
-    z = torch.randn(4, 1500) * 30
-    u = z + torch.randn(4, 1500) * 0.05
+    z = torch.randn(4, 1500, device=device_of(backend)) * 30
+    u = z + torch.randn_like(z) * 0.05
     exact = z.double().requires_grad_()
     support_divergence(exact.log_softmax(-1), u.double().log_softmax(-1), divergence).sum().backward()
-    out = DivergenceStats(torch.empty(4), torch.empty(4))
+    out = DivergenceStats(*torch.empty(2, 4, device=z.device))
     with _on(backend):
-        grad = row_divergence(z, u, LogitForm(), LogitForm(), divergence, 0.5, torch.ones(4), out, torch.float32)
+        grad = row_divergence(
+            z, u, LogitForm(), LogitForm(), divergence, 0.5, torch.ones_like(out.entropy), out, torch.float32
+        )
     assert relative_error(grad, exact.grad) < 1e-3
 
 
@@ -316,6 +325,8 @@ def test_triton_rows(divergence, dtypes, form):
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_whole_op_in_triton(divergence):
     inputs, weights = operands(torch.float32, 0.7)
+    inputs = [v.detach().to(device_of("triton")).requires_grad_() for v in inputs]
+    weights = weights.to(inputs[0].device)
     h, w, b, th, tw = inputs
     settings = {"divergence": divergence, "weights": weights, "student_bias": b, "chunk": 8}
     with _on("triton"):
