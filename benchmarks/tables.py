@@ -1,9 +1,9 @@
-"""Rewrites the table of measurements in README.md from benchmarks/results/*.json.
+"""Rewrites the tables of measurements in README.md and docs/kernels.md from benchmarks/results/*.json.
 
     python benchmarks/tables.py [--check]
 
 One line per measured case: our median, each other provider's, and how many times better ours is. The newest row of a
-case and provider counts. With --check nothing is written, and the exit code is 1 where README.md is out of date.
+case and provider counts. With --check nothing is written, and the exit code is 1 where a page is out of date.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- measurements: written by benchmarks/tables.py -->", "<!-- end of measurements -->"
 OURS = "fastalign"
 MORE_IS_BETTER = ("/s",)
+KERNELS = ("linear_", "add_rms_norm", "swiglu", "rope", "embedding", "packed_attention", "prefix_attention")
+PAGES = {"README.md": ("", ""), "docs/kernels.md": ("../", KERNELS)}  # page -> way to the root, how ops on it begin
 CASE = ("op", "mode", "shape", "dtype", "device", "unit")
 
 
@@ -47,8 +49,8 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def table(rows: list[dict]) -> str:
-    """The Markdown table, or a sentence where nothing is measured."""
+def table(rows: list[dict], root: str = "") -> str:
+    """The Markdown table, or a sentence where nothing is measured; `root`: the way from its page to the root."""
     lines = []
     for (op, mode, shape, dtype, device, unit), providers in newest(rows).items():
         if OURS not in providers:
@@ -64,7 +66,7 @@ def table(rows: list[dict]) -> str:
             if name != OURS:
                 others.append(f"{name} {number(other)}" + (f" ({', '.join(times)})" if times else ""))
         case = " ".join(filter(None, (mode, shape, dtype)))
-        link = f"[{device}](benchmarks/results/{mine['file']})"
+        link = f"[{device}]({root}benchmarks/results/{mine['file']})"
         lines.append(f"| {op} | {case} | {number(own)} {unit} | {', '.join(others)} | {link} |")
     if not lines:
         return "No measurements yet: `fastalign bench` in a checkout makes them."
@@ -72,29 +74,29 @@ def table(rows: list[dict]) -> str:
     return "\n".join([head, *lines])
 
 
-def with_table(readme: str, text: str) -> str:
-    """`readme` with `text` between the two marks. ValueError where a mark is missing."""
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
-        raise ValueError(f"README.md must hold {BEGIN!r} and {END!r} once each.")
-    before, rest = readme.split(BEGIN)
+def with_table(page: str, text: str) -> str:
+    """`page` with `text` between the two marks. ValueError where a mark is missing."""
+    if page.count(BEGIN) != 1 or page.count(END) != 1:
+        raise ValueError(f"A page must hold {BEGIN!r} and {END!r} once each.")
+    before, rest = page.split(BEGIN)
     return f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}"
 
 
 def main() -> int:
-    """Rewrite README.md, or check that it is up to date."""
+    """Rewrite the pages, or check that they are up to date."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing, exit with 1 where README.md is out of date"
-    )
+    parser.add_argument("--check", action="store_true", help="write nothing, exit with 1 where a page is out of date")
     options = parser.parse_args()
-    path = ROOT / "README.md"
-    old = path.read_text(encoding="utf-8")
-    new = with_table(old, table(read_rows(ROOT / "benchmarks" / "results")))
-    if options.check:
-        return int(new != old)
-    path.write_text(new, encoding="utf-8")
-    print(f"{path} {'is rewritten' if new != old else 'was up to date'}")
-    return 0
+    rows, changed = read_rows(ROOT / "benchmarks" / "results"), 0
+    for name, (root, ops) in PAGES.items():
+        path = ROOT / name
+        old = path.read_text(encoding="utf-8")
+        new = with_table(old, table([row for row in rows if row["op"].startswith(ops)], root))
+        changed += new != old
+        if not options.check:
+            path.write_text(new, encoding="utf-8")
+            print(f"{path} {'is rewritten' if new != old else 'was up to date'}")
+    return int(options.check and changed > 0)
 
 
 if __name__ == "__main__":
