@@ -44,12 +44,14 @@ def _row_kernels(vocabulary: int, dtype: torch.dtype, outputs: tuple[str, ...], 
     rows.row_gradient(logits, targets, form, out, rows.Coefficients(**given), BF16)
 
 
-for _vocabulary in (1000, 32000, 151643):  # one block, whole blocks, rows without alignment
-    for _dtype in (FP32, BF16):
-        for _name, _outputs in {"logp": ("logp",), "all": ALL}.items():
-            case(f"rows V={_vocabulary} {_dtype} {_name}")(
-                lambda v=_vocabulary, d=_dtype, o=_outputs: _row_kernels(v, d, o, LogitForm())
-            )
+for _vocabulary, _dtype, _outputs in (  # each size of a block, whole and partial blocks, rows without alignment
+    *((32000, dtype, outputs) for dtype in (FP32, BF16) for outputs in (("logp",), ALL)),
+    *((300, BF16, ALL), (1000, FP32, ALL), (1000, BF16, ("logp",))),
+    *((151643, FP32, ("logp",)), (151643, FP32, ALL), (151643, BF16, ("logp",))),
+):
+    case(f"rows V={_vocabulary} {_dtype} {'all' if _outputs == ALL else 'logp'}")(
+        lambda v=_vocabulary, d=_dtype, o=_outputs: _row_kernels(v, d, o, LogitForm())
+    )
 case("rows soft-cap, temperatures")(
     lambda: _row_kernels(32000, FP32, ("logp", "entropy"), LogitForm(1.0, 30.0, torch.ones(ROWS)))
 )
@@ -68,26 +70,36 @@ def _offset(size: int, vocabulary: int, dtype: torch.dtype, outputs: tuple[str, 
 
 
 _FORMS = {"": LogitForm(), " soft-cap": LogitForm(softcap=30.0)}
-for _form_name, _form in _FORMS.items():
-    for _name, _outputs in {"logp": ("logp",), "entropy": ("logp", "entropy", "top1"), "all": ALL}.items():
-        for _store in (True, False):
-            case(f"offset {_name}{_form_name}{'' if _store else ' forward only'}")(
-                lambda o=_outputs, f=_form, s=_store: _offset(256, 2048, BF16, o, f, s)
-            )
+_OUTPUTS = {"logp": ("logp",), "entropy": ("logp", "entropy", "top1"), "all": ALL}
+for _name, _form_name, _store in (
+    *(("logp", "", True), ("entropy", "", True), ("all", "", True), ("logp", "", False), ("all", "", False)),
+    *(("logp", " soft-cap", True), ("all", " soft-cap", True), ("entropy", " soft-cap", False)),
+):
+    case(f"offset {_name}{_form_name}{'' if _store else ' forward only'}")(
+        lambda o=_OUTPUTS[_name], f=_FORMS[_form_name], s=_store: _offset(256, 2048, BF16, o, f, s)
+    )
 case("offset-pointers rows without alignment")(lambda: _offset(251, 2047, BF16, ("logp",), LogitForm(), True))
 case("offset-pointers fp32")(lambda: _offset(256, 2048, FP32, ("logp",), LogitForm(), True))
 
 
-def _offset_head(outputs: tuple[str, ...], form: LogitForm, bias: bool, gradient: bool = True) -> None:
-    """The head in offset-exponential form: the rows that are made again and the gradients are kernels of their own."""
-    from fastalign_kernels import fused, stats
+def _offset_head(outputs: tuple[str, ...], form: LogitForm, bias: bool, call: str = "fused") -> None:
+    """The head in offset-exponential form: the rows that are made again and the gradients are kernels of their own.
+
+    Sizes are those of `_offset`, so that products that are alike are compiled once.
+    """
+    from fastalign_kernels import deferred, fused, stats
+
+    gradient = call != "stats"
 
     os.environ["FASTALIGN_HEAD"] = "offset"
-    hidden, weight = _matrix(ROWS, 64, BF16, gradient), _matrix(512, 64, BF16, gradient)
+    hidden, weight = _matrix(ROWS, 256, BF16, gradient), _matrix(2048, 256, BF16, gradient)
     targets, options = torch.zeros(ROWS, dtype=torch.int64), {"form": form, "outputs": outputs}
-    options["bias"] = torch.zeros(512, dtype=BF16, requires_grad=gradient) if bias else None
+    options["bias"] = torch.zeros(2048, dtype=BF16, requires_grad=gradient) if bias else None
     names = [name for name in outputs if name != "top1"]
-    if gradient:
+    if call == "deferred":  # the product is made again, without sums
+        found = deferred(hidden, weight, targets, **options)
+        sum(getattr(found, name).sum() for name in names).backward()
+    elif gradient:
         total = lambda found, span: sum(getattr(found, name).sum() for name in names)  # noqa: E731
         fused(hidden, weight, targets, total, **options)[0].backward()
     else:
@@ -103,20 +115,22 @@ _OPTIONS = {
 for _option, (_form, _bias) in _OPTIONS.items():
     for _name, _outputs in {"logp": ("logp",), "all": ALL}.items():
         case(f"offset-gradient {_name}{_option}")(lambda o=_outputs, f=_form, b=_bias: _offset_head(o, f, b))
-case("offset-gradient logp bias")(lambda: _offset_head(("logp",), LogitForm(), True))
+case("offset-gradient logp deferred")(lambda: _offset_head(("logp",), LogitForm(), False, "deferred"))
+case("offset-gradient all deferred")(lambda: _offset_head(ALL, *_OPTIONS[" soft-cap"], "deferred"))
 case("offset-gradient all temperatures")(lambda: _offset_head(ALL, LogitForm(temperature=torch.ones(ROWS)), False))
-case("offset-gradient forward only")(lambda: _offset_head(ALL, *_OPTIONS[_option], gradient=False))
+case("offset-gradient forward only")(lambda: _offset_head(ALL, *_OPTIONS[_option], "stats"))
 
 
-def _divergence(kind: str, dtype: torch.dtype) -> None:
+def _divergence(kind: str, dtype: torch.dtype, vocabulary: int) -> None:
     student, teacher = (_matrix(ROWS, 16, dtype, gradient) for gradient in (True, False))
-    heads = [_matrix(32000, 16, dtype, gradient) for gradient in (True, False)]
+    heads = [_matrix(vocabulary, 16, dtype, gradient) for gradient in (True, False)]
     linear_divergence(student, heads[0], teacher, heads[1], divergence=kind)[0].backward()
 
 
 for _kind in ("forward_kl", "reverse_kl", "jsd"):
     for _dtype in (FP32, BF16):
-        case(f"divergence {_kind} {_dtype}")(lambda k=_kind, d=_dtype: _divergence(k, d))
+        case(f"divergence {_kind} {_dtype}")(lambda k=_kind, d=_dtype: _divergence(k, d, 32000))
+case("divergence V=300")(lambda: _divergence("jsd", BF16, 300))
 
 
 def _norms(size: int, dtype: torch.dtype, offset: float) -> None:
@@ -126,10 +140,11 @@ def _norms(size: int, dtype: torch.dtype, offset: float) -> None:
     (normed.sum() + carried.sum()).backward()
 
 
-for _size in (128, 896, 4096, 8192, 4095):
+for _size in (128, 896, 4096, 8192, 16384, 4095):
     case(f"rms_norm D={_size}")(lambda d=_size: _norms(d, BF16, 0.0))
 case("rms_norm Gemma fp32")(lambda: _norms(2304, FP32, 1.0))
-case("rms_norm D=2048 fp32")(lambda: _norms(2048, FP32, 0.0))
+for _size in (2048, 8192):
+    case(f"rms_norm D={_size} fp32")(lambda d=_size: _norms(d, FP32, 0.0))
 
 
 def _gated(size: int, activation: str, dtype: torch.dtype) -> None:
@@ -143,16 +158,16 @@ for _activation in ("silu", "gelu_tanh", "gelu"):
 case("glu odd fp32")(lambda: _gated(1001, "silu", FP32))
 
 
-def _rotations(head_size: int, dtype: torch.dtype) -> None:
+def _rotations(head_size: int, rotated: int, dtype: torch.dtype) -> None:
     q = torch.zeros(1, 8, ROWS, head_size, dtype=dtype, requires_grad=True)
     k = torch.zeros(1, 2, ROWS, head_size, dtype=dtype, requires_grad=True)
-    angles = torch.zeros(1, ROWS, head_size, dtype=dtype)
+    angles = torch.zeros(1, ROWS, rotated, dtype=dtype)
     q_out, k_out = rope(q, k, angles, angles)
     (q_out.sum() + k_out.sum()).backward()
 
 
-for _head_size in (64, 128, 96):
-    case(f"rope K={_head_size}")(lambda k=_head_size: _rotations(k, BF16))
+for _head_size, _rotated in ((64, 64), (128, 128), (96, 96), (256, 256), (128, 64)):
+    case(f"rope K={_head_size} rotated={_rotated}")(lambda k=_head_size, r=_rotated: _rotations(k, r, BF16))
 
 
 def _embedding(size: int, dtype: torch.dtype) -> None:
@@ -160,7 +175,7 @@ def _embedding(size: int, dtype: torch.dtype) -> None:
     embedding(torch.zeros(ROWS, dtype=torch.int64), weight).sum().backward()
 
 
-for _size in (896, 4096):
+for _size in (64, 896, 4096):
     case(f"embedding D={_size}")(lambda d=_size: _embedding(d, BF16))
 
 
