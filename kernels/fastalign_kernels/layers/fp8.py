@@ -74,7 +74,7 @@ def fp8_product(a: Quantised, b: Quantised, dtype: torch.dtype, bias: Tensor | N
         if values_a.is_cuda:
             _say_once(f"fp8 is emulated on {torch.cuda.get_device_name(values_a.device)}, slower than bf16")
         out = (values_a.float() @ values_b.float().t()) * (scale_a * scale_b.t())
-        return (out if bias is None else out + bias.float()).to(dtype)
+        return _in_dtype(out if bias is None else out + bias.float(), dtype)
     num_rows = values_b.shape[0]
     values_a, values_b = _padded(values_a, 1), _padded(_padded(values_b, 1), 0)
     wide = dtype == torch.float32 and bias is None and _writes_fp32(values_a.device)
@@ -87,7 +87,13 @@ def fp8_product(a: Quantised, b: Quantised, dtype: torch.dtype, bias: Tensor | N
         out_dtype=dtype if wide else torch.bfloat16,
         use_fast_accum=False,
     )
-    return out[:, :num_rows].to(dtype)
+    return _in_dtype(out if out.shape[1] == num_rows else out[:, :num_rows], dtype)
+
+
+def _in_dtype(out: Tensor, dtype: torch.dtype) -> Tensor:
+    """TODO: `out.to(dtype)` with torch >= 2.12. Compiled by 2.11, a function of autograd whose result went through a
+    `to` that does nothing has gradients of zero."""
+    return out if out.dtype == dtype else out.to(dtype)
 
 
 def _writes_fp32(device: torch.device) -> bool:
