@@ -39,6 +39,15 @@ def run(sandbox, source, **more) -> Outcome:
     return sandbox.run([Program(source, **more)])[0]
 
 
+def run_on_disk(folder, source) -> str:
+    """What a worker of its own, which mounts nothing over `folder`, says of a program."""
+    request = vars(Program(source)) | vars(LIMITS)
+    code = f"from fastalign.rewards import sandbox_worker\nprint(sandbox_worker.run({request!r}, {str(folder)!r}))"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    return done.stdout
+
+
 @confined
 def test_programs_compute(sandbox):
     programs = [
@@ -173,9 +182,46 @@ def test_the_environment_is_not_the_trainers(sandbox, monkeypatch):
 
 
 @confined
-def test_ending_early_passes_no_test(sandbox):
-    for source in ("import os\nos._exit(0)", "import sys\nsys.exit(0)", "raise SystemExit", "exit"):
+def test_no_test_passes_by_ending_early_or_by_saying_so(sandbox):
+    for source in (
+        *("import os\nos._exit(0)", "import sys\nsys.exit(0)", "raise SystemExit", "exit"),
+        "import os\nos.write(3, b'\\x01')\nos._exit(0)",
+        "import builtins\nbuiltins.exec = print",
+        "import builtins\nreal = compile\nbuiltins.compile = lambda *a: real('pass', 'x', 'exec')",
+        "import os\nos.write(3, b'!')\nos._exit(0)",
+    ):
         assert not run(sandbox, source, tests="assert False").passed
+
+
+@confined
+def test_what_confines_fails_is_no_wrong_answer(tmp_path):
+    """Nor is Python that the program could not read: both would score every answer 0."""
+    request = vars(Program("print(1)")) | vars(LIMITS)
+    code = f"""
+import os
+from fastalign.rewards import confinement, sandbox_worker
+def fail(folder):
+    raise OSError(1, "no")
+limit_files, confinement._limit_files = confinement._limit_files, fail
+print(sandbox_worker.run({request!r}, {str(tmp_path)!r}))
+confinement._limit_files, os.__file__ = limit_files, {str(tmp_path / "hidden" / "os.py")!r}
+print(sandbox_worker.run({request!r}, {str(tmp_path)!r}))
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    first, second = done.stdout.splitlines()
+    assert first == str({"status": "refused", "stderr": "PermissionError: [Errno 1] no"})
+    if os.geteuid() == 0:
+        assert "'refused'" in second and "--cap-add DAC_READ_SEARCH" in second
+
+
+@confined
+def test_folders_of_any_depth_are_removed(tmp_path):
+    deep = (
+        "import os\nfor _ in range(1500):\n    os.mkdir('d', 0o300)\n    os.chdir('d')\nopen('f', 'w')\nprint('made')"
+    )
+    assert "'stdout': 'made\\n'" in run_on_disk(tmp_path, deep)
+    assert [*tmp_path.iterdir()] == []
 
 
 @confined
@@ -235,11 +281,8 @@ os.waitpid(child, 0)
 
 @confined
 def test_a_folder_on_disk_serves_where_none_can_be_mounted(tmp_path):
-    request = vars(Program("open('f', 'w').write('x' * 9)\nprint(open('f').read())")) | vars(LIMITS)
-    code = f"from fastalign.rewards import sandbox_worker\nprint(sandbox_worker.run({request!r}, {str(tmp_path)!r}))"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert "'status': 'ok', 'passed': True, 'stdout': 'xxxxxxxxx\\n'" in done.stdout
+    found = run_on_disk(tmp_path, "open('f', 'w').write('x' * 9)\nprint(open('f').read())")
+    assert "'status': 'ok', 'passed': True, 'stdout': 'xxxxxxxxx\\n'" in found
     assert [*tmp_path.iterdir()] == []
 
 

@@ -140,7 +140,14 @@ def _drop_root() -> None:
         with contextlib.suppress(OSError):
             data = struct.pack("=6I", effective, effective, 0, 0, 0, 0)
             _call("capset", header, ctypes.create_string_buffer(data))
-            return
+            break
+    try:
+        os.scandir(os.path.dirname(os.__file__)).close()
+    except OSError as error:  # every import of a program would fail
+        raise PermissionError(
+            f"{error}: programs run as nobody, who cannot read Python there. Install it outside of root's home, start "
+            "the container with --cap-add DAC_READ_SEARCH, or train as another user than root"
+        ) from error
 
 
 def _limit_files(folder: str) -> bool:

@@ -52,6 +52,7 @@ class WorkerPool:
         with self._lock:
             if self._threads is None:
                 self._folder = tempfile.mkdtemp(prefix="fastalign-")
+                os.chmod(self._folder, 0o711)  # programs that run as nobody go through it
                 self._threads = ThreadPoolExecutor(self.size, thread_name_prefix=self.module.rpartition(".")[2])
                 for i in range(self.size):
                     self._idle.put(_Worker(self.module, os.path.join(self._folder, str(i))))
