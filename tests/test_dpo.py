@@ -63,6 +63,7 @@ def test_fields_and_constructor_are_those_of_trl():
         ({"sync_ref_model": True, "precompute_ref_log_probs": True}, "numbers of an old one"),
         ({"ref_model_mixup_alpha": 2.0}, "`ref_model_mixup_alpha` is 2.0"),
         ({"precompute_ref_batch_size": 0}, "`precompute_ref_batch_size` is 0"),
+        ({"beta": 0.0, "loss_type": ["sigmoid", "ipo"]}, r"`beta` is 0, but \['ipo'\] aim at margins"),
         ({"label_smoothing_factor": 0.1}, "no smoothing over the vocabulary"),
     ],
 )

@@ -227,6 +227,13 @@ def test_lora_linear(dtype, frozen):
     compare([out, *found], [out_true, *gradients([out_true], wide, upstream)], dtype)
 
 
+def test_lora_linear_of_no_rows():
+    x, weight, a, b = normal(0, 6).requires_grad_(), normal(5, 6), normal(2, 6).requires_grad_(), normal(5, 2)
+    out = lora_linear(x, weight, None, a, b, 2.0)
+    out.sum().backward()
+    assert out.shape == (0, 5) and x.grad.shape == (0, 6) and not a.grad.any()
+
+
 def test_lora_linear_follows_autocast():
     x, weight, a, b = normal(4, 6).requires_grad_(), normal(5, 6), normal(2, 6).requires_grad_(), normal(5, 2)
     with torch.autocast(DEVICE, torch.bfloat16):

@@ -66,6 +66,8 @@ class DPOConfig(ReferenceArgs, PairArgs, AlignConfig):
             raise ValueError(f"`ld_alpha` is {self.ld_alpha}; it must be from 0 to 1, or None for plain sums.")
         one_of(self, "f_divergence_type", DIVERGENCES)
         check_preference_loss(types, self.label_smoothing, self.f_divergence_type, self.use_weighting)
+        if self.beta == 0 and (divided := sorted({"ipo", "sppo_hard"}.intersection(types))):
+            raise ValueError(f"`beta` is 0, but {divided} aim at margins of 1 / (2 beta): give another number.")
         coupled = sorted(COUPLE_PAIRS.intersection(types))
         if coupled and self.token_budget is not None:
             raise ValueError(

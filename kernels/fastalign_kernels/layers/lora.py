@@ -21,7 +21,7 @@ class _LoraLinear(torch.autograd.Function):
         ctx.save_for_backward(x, low, weight, lora_a, lora_b)
         ctx.scale = scale
         out = F.linear(rows, weight, bias)
-        return torch.addmm(out, low, lora_b.t(), alpha=scale, out=out).view(*x.shape[:-1], -1)
+        return torch.addmm(out, low, lora_b.t(), alpha=scale, out=out).view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
