@@ -24,6 +24,7 @@ from .adapters import is_peft_model
 from .bema import BEMACallback, SyncRefModelCallback
 from .config import arg
 from .data.batch import TokenBatch
+from .data.pair_batches import AnswerCollator
 from .free_tokens import reading
 from .loop.batching import batches_by_length, readable_rows
 from .loop.distributed import is_fsdp, use_precision
@@ -207,12 +208,14 @@ class Reference:
                 "`eval_dataset`, or pass a `ref_model`."
             )
         file = self._file(dataset)
-        values = np.load(file) if file.is_file() else None
+        own = isinstance(self.trainer.data_collator, AnswerCollator)  # what another makes of the rows may change
+        values = np.load(file) if own and file.is_file() else None
         known = values is not None and values.shape == (len(dataset), len(self.columns))
         if not self._on_all_ranks(known) or values is None:
             self._move(self.trainer.args.device)
             values = self._compute(dataset, name)
-            self._write(file, values)
+            if own:
+                self._write(file, values)
         self._move("cpu")  # it takes no part in training, but another dataset may need it
         for column, logps in zip(self.columns, values.T, strict=True):
             dataset = dataset.remove_columns([column]) if column in dataset.column_names else dataset

@@ -194,6 +194,19 @@ def test_the_cache_follows_what_weights_do_not_say(tmp_path, cache):
     assert len(files) == 2
 
 
+def test_log_probabilities_of_a_given_collators_batches_are_not_kept(tmp_path, cache):
+    """What it makes of a row may be something else the next time, of which the cache knows nothing."""
+    for length in (100, 3):
+        own = make(tmp_path).data_collator
+
+        def cut(rows, own=own, length=length):
+            return own([row | {"chosen_ids": row["chosen_ids"][:length]} for row in rows])
+
+        options = {"precompute_ref_log_probs": True, "data_collator": cut, "max_steps": 1}
+        first = train(tmp_path, model=tiny_model(), **options).state.log_history[0]
+        assert abs(first["rewards/chosen"]) < 1e-5, length  # the policy still is its reference
+
+
 def test_given_columns_are_taken_as_they_are(tmp_path):
     data = pairs().add_column("ref_chosen_logps", [-2.0] * 16).add_column("ref_rejected_logps", [-3.0] * 16)
     trainer = make(tmp_path, data, precompute_ref_log_probs=True)
