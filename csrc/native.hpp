@@ -6,5 +6,6 @@
 
 void bind_packing(pybind11::module_& module);
 void bind_collation(pybind11::module_& module);
+void bind_layers(pybind11::module_& module);
 void bind_rows(pybind11::module_& module);
 void bind_words(pybind11::module_& module);

@@ -7,11 +7,10 @@
 #include <limits>
 #include <stdexcept>
 #include <string>
-#include <system_error>
-#include <thread>
 #include <type_traits>
 #include <vector>
 
+#include "cpu.hpp"
 #include "native.hpp"
 #include "rows_lanes.hpp"
 
@@ -241,23 +240,10 @@ ROWS_INLINE void rows_between(const Logits& logits, const Job& job, bool extra, 
     }
 
 ROWS_FOR(rows_plain, 4, )
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-#define ROWS_X86 1
-ROWS_FOR(rows_avx2, 8, __attribute__((target("avx2,fma"))))
-ROWS_FOR(rows_avx512, 16, __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"))))
+#ifdef CPU_X86
+ROWS_FOR(rows_avx2, 8, CPU_AVX2)
+ROWS_FOR(rows_avx512, 16, CPU_AVX512)
 #endif
-
-// Instruction set in use: "avx512", "avx2" or "plain" (SSE2 or NEON); `wanted` chooses a lower one for tests.
-std::string instruction_set(const std::string& wanted) {
-#ifdef ROWS_X86
-    const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    if (wide && (wanted.empty() || wanted == "avx512")) return "avx512";
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && wanted != "plain") return "avx2";
-#endif
-    (void)wanted;
-    return "plain";
-}
 
 template <class Job>
 void run(const Logits& logits, const Job& job, bool extra, int64_t num_threads, const std::string& wanted) {
@@ -269,25 +255,14 @@ void run(const Logits& logits, const Job& job, bool extra, int64_t num_threads, 
         }
     }
     void (*rows)(const Logits&, const Job&, bool, int64_t, int64_t) = rows_plain;
-#ifdef ROWS_X86
-    const std::string chosen = instruction_set(wanted);
+#ifdef CPU_X86
+    const std::string chosen = cpu::instruction_set(wanted);
     if (chosen == "avx512") rows = rows_avx512;
     if (chosen == "avx2") rows = rows_avx2;
 #endif
     const int64_t work = logits.num_rows * logits.vocabulary / WORK_PER_THREAD;
-    const int64_t parts = std::max<int64_t>(1, std::min({num_threads, work, logits.num_rows}));
-    std::vector<std::thread> threads;
-    threads.reserve(static_cast<size_t>(parts));
-    for (int64_t i = 1; i < parts; ++i) {
-        const int64_t begin = logits.num_rows * i / parts, end = logits.num_rows * (i + 1) / parts;
-        try {
-            threads.emplace_back([=, &logits, &job] { rows(logits, job, extra, begin, end); });
-        } catch (const std::system_error&) {  // no more threads allowed: do the part here
-            rows(logits, job, extra, begin, end);
-        }
-    }
-    rows(logits, job, extra, 0, logits.num_rows / parts);
-    for (auto& thread : threads) thread.join();
+    cpu::over_rows(logits.num_rows, std::min(num_threads, work),
+                   [&](int64_t begin, int64_t end) { rows(logits, job, extra, begin, end); });
 }
 
 template <class T>
@@ -335,6 +310,6 @@ void bind_rows(py::module_& module) {
         py::arg("on_logp"), py::arg("on_entropy"), py::arg("on_mean_logp"), py::arg("on_mean_logit"),
         py::arg("on_log_sum_p2"), py::arg("lse"), py::arg("entropy"), py::arg("log_sum_p2"), py::arg("num_threads"),
         py::arg("isa") = "");
-    module.def("row_instruction_set", &instruction_set, "Instruction set of the row kernels on this machine.",
+    module.def("row_instruction_set", &cpu::instruction_set, "Instruction set of the row kernels on this machine.",
                py::arg("wanted") = "");
 }

@@ -88,3 +88,65 @@ class WordTable:
         spans: Sequence[Sequence[tuple[int, int]]] | None,
     ) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.uint8] | None]: ...
     def __len__(self) -> int: ...
+
+# layers.cpp; addresses of CPU tensors, 0 where there is none, and strides in elements
+ROWS_OF_A_SUM: int
+
+def norm_forward(
+    x: int,
+    residual: int,
+    weight: int,
+    out: int,
+    summed: int,
+    rstd: int,
+    num_rows: int,
+    width: int,
+    x_stride: int,
+    residual_stride: int,
+    eps: float,
+    offset: float,
+    num_threads: int,
+    isa: str,
+) -> None: ...
+def norm_backward(
+    grad: int,
+    grad_sum: int,
+    x: int,
+    weight: int,
+    rstd: int,
+    grad_x: int,
+    partial: int,
+    num_rows: int,
+    width: int,
+    grad_stride: int,
+    grad_sum_stride: int,
+    x_stride: int,
+    offset: float,
+    num_threads: int,
+    isa: str,
+) -> None: ...
+def glu(
+    is_bfloat16: bool,
+    grad: int,
+    gate: int,
+    up: int,
+    first: int,
+    second: int,
+    num_rows: int,
+    width: int,
+    strides: Sequence[int],
+    num_threads: int,
+    isa: str,
+) -> None: ...
+def rope(
+    is_bfloat16: bool,
+    source: int,
+    to: int,
+    cos: int,
+    sin: int,
+    shape: Sequence[int],
+    strides: Sequence[int],
+    inverse: bool,
+    num_threads: int,
+    isa: str,
+) -> None: ...

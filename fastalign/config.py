@@ -47,7 +47,7 @@ class AlignConfig(TrainingArguments):
     kernel_backend: str = arg(
         "auto",
         "Kernels of norms, gated activations, RoPE and LoRA: fastalign's own, Liger's, those of the Hub, or none; "
-        "auto: own on a GPU with Triton.",
+        "auto: own on a GPU with Triton and on a CPU.",
         choices=["auto", "own", "liger", "hub", "none"],
     )
     fp8: bool = arg(

@@ -21,8 +21,8 @@ from collections import Counter
 from typing import Any
 
 import torch
-from fastalign_kernels.dispatch import has_triton
 from fastalign_kernels.layers import add_rms_norm, embedding, glu, glu_packed, lora_linear, rms_norm, rope
+from fastalign_kernels.layers.choice import has_kernels
 from torch import Tensor, nn
 from transformers.trainer_utils import unwrap_peft_model
 
@@ -263,14 +263,13 @@ def patch_model(model: nn.Module, kernels: str = "own", **options) -> dict[str, 
     """Put `kernels` into `model`, in place and idempotent; returns how many modules of which kind changed.
 
     "own": ours, undone by `unpatch_model`. "liger": Liger's layers without its losses, `options` as Liger takes them.
-    "hub": those that Transformers loads from the Hub. "auto": own on a GPU with Triton. "none": nothing. Raises
-    ImportError, saying what to install, for a package that is missing; ValueError for another name.
+    "hub": those that Transformers loads from the Hub. "auto": own where Triton or C++ runs them. "none": nothing.
+    Raises ImportError, saying what to install, for a package that is missing; ValueError for another name.
     """
     if kernels not in KERNELS:
         raise ValueError(f"kernels={kernels!r}: choose one of {', '.join(KERNELS)}")
     if kernels == "auto":
-        on_gpu = any(parameter.is_cuda for parameter in model.parameters())
-        kernels = "own" if on_gpu and has_triton() else "none"
+        kernels = "own" if all(has_kernels(device) for device in {p.device for p in model.parameters()}) else "none"
     if kernels == "liger":
         _use_liger(model, options)
     elif kernels == "hub":
@@ -375,5 +374,5 @@ def use_kernel_backend(model: nn.Module, args) -> None:
     liger = getattr(args, "use_liger_kernel", False)
     backend = "liger" if liger else getattr(args, "kernel_backend", "none")
     if backend == "auto":
-        backend = "own" if args.device.type == "cuda" and has_triton() else "none"
+        backend = "own" if has_kernels(args.device) else "none"
     patch_model(model, backend, **((args.liger_kernel_config or {}) if backend == "liger" else {}))

@@ -21,6 +21,11 @@ def takes_triton(*tensors: Tensor | None) -> bool:
     return backend(given[0].device, given[0].dtype, native=False) == "triton"
 
 
+def has_kernels(device: torch.device) -> bool:
+    """Whether layers on `device` run in Triton or C++, not as formulas in torch."""
+    return backend(device, torch.float32) != "reference"
+
+
 def as_rows(tensor: Tensor) -> Tensor:
     """(..., D) as (N, D) with contiguous rows; copies only where strides demand it."""
     rows = tensor.reshape(-1, tensor.shape[-1]) if tensor.shape[-1] else tensor.reshape(0, 0)

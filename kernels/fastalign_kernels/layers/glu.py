@@ -8,11 +8,15 @@ for N rows of D elements of s bytes: forward 3 N D s, backward 5 N D s.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from fastalign_kernels.layers import native
 from fastalign_kernels.layers.choice import as_rows, takes_triton, wide_dtype
 
 ACTIVATIONS = {  # name -> formula
@@ -27,11 +31,25 @@ def glu_reference(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
     return (ACTIVATIONS[activation](gate.to(wide_dtype(gate))) * up).to(gate.dtype)
 
 
+def _kernels(name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    if name == "native":
+        return native.glu_forward, native.glu_backward
+    from fastalign_kernels.layers import triton_glu
+
+    return triton_glu.forward, triton_glu.backward
+
+
+def _implementation(activation: str, *tensors: Tensor) -> str:
+    """ "triton", "native", or "" for the reference; one tensor: both halves."""
+    if takes_triton(*tensors):
+        return "triton"
+    return "native" if native.takes_glu(activation, *tensors) else ""
+
+
 class _GLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate, up, activation, overwrite):
-        from fastalign_kernels.layers.triton_glu import forward
-
+    def forward(ctx, name, gate, up, activation, overwrite):
+        forward, ctx.kernel = _kernels(name)
         ctx.save_for_backward(gate, up)
         ctx.options = activation, overwrite
         first, second = _halves(gate, up)
@@ -40,8 +58,6 @@ class _GLU(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
-        from fastalign_kernels.layers.triton_glu import backward
-
         gate, up = ctx.saved_tensors
         activation, overwrite = ctx.options
         given = [tensor.detach() for tensor in (gate, up) if tensor is not None]
@@ -52,8 +68,8 @@ class _GLU(torch.autograd.Function):
             increment_version(given)  # whoever needs the overwritten values later gets autograd's error
         first, second = map(as_rows, _halves(gate, up))
         to_first, to_second = map(as_rows, _halves(results[0], None if up is None else results[1]))
-        backward(as_rows(grads[0]), first, second, to_first, to_second, activation)
-        return results[0], None if up is None else results[1], None, None
+        ctx.kernel(as_rows(grads[0]), first, second, to_first, to_second, activation)
+        return None, results[0], None if up is None else results[1], None, None
 
 
 def _halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -79,9 +95,9 @@ def glu(gate: Tensor, up: Tensor, activation: str = "silu", *, overwrite: bool =
             f"gate {tuple(gate.shape)} {gate.dtype}, up {tuple(up.shape)} {up.dtype}: give one shape and dtype"
         )
     _check_activation(activation)
-    if not takes_triton(gate, up):
+    if not (name := _implementation(activation, gate, up)):
         return glu_reference(gate, up, activation)
-    return _GLU.apply(gate, up, activation, overwrite)  # pyright: ignore
+    return _GLU.apply(name, gate, up, activation, overwrite)  # pyright: ignore
 
 
 def glu_packed(gate_up: Tensor, activation: str = "silu", *, overwrite: bool = False) -> Tensor:
@@ -89,9 +105,9 @@ def glu_packed(gate_up: Tensor, activation: str = "silu", *, overwrite: bool = F
     if gate_up.shape[-1] % 2:
         raise ValueError(f"gate_up {tuple(gate_up.shape)}: the last dimension holds gate and up, so it must be even")
     _check_activation(activation)
-    if not takes_triton(gate_up):
+    if not (name := _implementation(activation, gate_up)):
         return glu_reference(*_halves(gate_up, None), activation)
-    return _GLU.apply(gate_up, None, activation, overwrite)  # pyright: ignore
+    return _GLU.apply(name, gate_up, None, activation, overwrite)  # pyright: ignore
 
 
 def _check_activation(activation: str) -> None:

@@ -10,9 +10,13 @@ where the weight is frozen. dw is summed in an order that depends on the shape a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from fastalign_kernels.layers import native
 from fastalign_kernels.layers.choice import as_rows, takes_triton, wide_dtype
 
 MAX_BYTES = 32768  # of a row, which lies in the registers of one program; longer ones take the reference
@@ -31,11 +35,18 @@ def rms_norm_reference(
     return (normed.to(x.dtype) * scale).to(torch.promote_types(x.dtype, weight.dtype))
 
 
+def _kernels(name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    if name == "native":
+        return native.norm_forward, native.norm_backward
+    from fastalign_kernels.layers import triton_rms_norm
+
+    return triton_rms_norm.forward, triton_rms_norm.backward
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, residual, weight, eps, offset, round_first):
-        from fastalign_kernels.layers.triton_rms_norm import forward
-
+    def forward(ctx, name, x, residual, weight, eps, offset, round_first):
+        forward, ctx.kernel = _kernels(name)
         ctx.set_materialize_grads(False)
         rows = None if residual is None else as_rows(residual)
         out, summed, rstd = forward(as_rows(x), rows, weight, eps, offset, round_first)
@@ -47,20 +58,18 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
-        from fastalign_kernels.layers.triton_rms_norm import backward
-
         grad, grad_sum = grads
         x, weight, rstd = ctx.saved_tensors
         grad_x, grad_weight = grad_sum, None
         if grad is not None:
             rows, (offset, round_first) = None if grad_sum is None else as_rows(grad_sum), ctx.options
-            grad_x, grad_weight = backward(
-                as_rows(grad), rows, as_rows(x), weight, rstd, offset, round_first, ctx.needs_input_grad[2]
+            grad_x, grad_weight = ctx.kernel(
+                as_rows(grad), rows, as_rows(x), weight, rstd, offset, round_first, ctx.needs_input_grad[3]
             )
             grad_x = grad_x.view(grad.shape)
         own, others = ctx.dtypes
         for_residual = None if others is None or grad_x is None else grad_x.to(others)
-        return None if grad_x is None else grad_x.to(own), for_residual, grad_weight, None, None, None
+        return None, None if grad_x is None else grad_x.to(own), for_residual, grad_weight, None, None, None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, offset: float = 0.0, round_first: bool = True) -> Tensor:
@@ -70,9 +79,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, offset: float = 0.
     both. Without (OLMo 2, GPT-OSS; Gemma, with offset 1): one rounding, to the dtype of x.
     """
     _check(x, weight)
-    if not _takes_triton(x, weight):
+    if not (name := _implementation(x, weight)):
         return rms_norm_reference(x, weight, eps, offset=offset, round_first=round_first)
-    result: Tensor = _RMSNorm.apply(x, None, weight, eps, offset, round_first)[0]  # pyright: ignore
+    result: Tensor = _RMSNorm.apply(name, x, None, weight, eps, offset, round_first)[0]  # pyright: ignore
     return result
 
 
@@ -89,16 +98,23 @@ def add_rms_norm(
     _check(x, weight)
     if residual.shape != x.shape:
         raise ValueError(f"residual {tuple(residual.shape)}: give the shape of x, {tuple(x.shape)}")
-    if not _takes_triton(x, residual, weight):
+    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and residual.dtype == torch.float32:
+        x = x.float()  # what is left of the branch under autocast, which its addition widens anyway
+    if not (name := _implementation(x, residual, weight)):
         summed = x + residual
         return rms_norm_reference(summed, weight, eps, offset=offset, round_first=round_first), summed
-    result: tuple[Tensor, Tensor] = _RMSNorm.apply(x, residual, weight, eps, offset, round_first)  # pyright: ignore
+    result: tuple[Tensor, Tensor] = _RMSNorm.apply(  # pyright: ignore
+        name, x, residual, weight, eps, offset, round_first
+    )
     return result
 
 
-def _takes_triton(*tensors: Tensor) -> bool:
+def _implementation(*tensors: Tensor) -> str:
+    """ "triton", "native", or "" for the reference."""
     widest = max(tensor.element_size() for tensor in tensors)
-    return tensors[0].shape[-1] * widest <= MAX_BYTES and takes_triton(*tensors)
+    if tensors[0].shape[-1] * widest <= MAX_BYTES and takes_triton(*tensors):
+        return "triton"
+    return "native" if native.takes_norm(*tensors) else ""
 
 
 def _check(x: Tensor, weight: Tensor) -> None:

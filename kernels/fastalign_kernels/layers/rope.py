@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastalign_kernels.layers import native
 from fastalign_kernels.layers.choice import takes_triton, wide_dtype
 
 
@@ -45,21 +46,17 @@ def rope_reference(
 
 class _Rope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, cos, sin, positions, half):
-        from fastalign_kernels.layers.triton_rope import rotate
-
+    def forward(ctx, rotate, q, k, cos, sin, positions, half):
         ctx.save_for_backward(cos, sin, positions)
-        ctx.half = half
+        ctx.half, ctx.rotate = half, rotate
         return rotate(q, k, cos, sin, positions, half)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
-        from fastalign_kernels.layers.triton_rope import rotate
-
         cos, sin, positions = ctx.saved_tensors
-        q, k = rotate(grads[0], grads[1], cos, sin, positions, ctx.half, inverse=True)
-        return q, k, None, None, None, None
+        q, k = ctx.rotate(grads[0], grads[1], cos, sin, positions, ctx.half, inverse=True)
+        return None, q, k, None, None, None, None
 
 
 def rope(
@@ -83,20 +80,29 @@ def rope(
     _check(q, k, cos, sin, positions, heads_dim, half_tables)
     in_place = in_place and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad))
     half = cos.shape[-1] // (1 if half_tables else 2)
-    if q.dtype == k.dtype and takes_triton(q, k, cos, sin):
+    if rotate := _kernel(q, k, cos, sin, positions, half):
         added = q.dim() == 3
         tokens = [x.movedim(heads_dim, -2) for x in (q, k)]
         tokens = [x.unsqueeze(0) for x in tokens] if added else tokens  # (B, L, H, K)
         if in_place and q.stride(-1) == k.stride(-1) == 1:
-            from fastalign_kernels.layers.triton_rope import rotate
-
             rotate(tokens[0], tokens[1], cos, sin, positions, half, in_place=True)
             return q, k
-        turned: tuple = _Rope.apply(*tokens, cos, sin, positions, half)  # pyright: ignore
+        turned: tuple = _Rope.apply(rotate, *tokens, cos, sin, positions, half)  # pyright: ignore
         turned = tuple((x.squeeze(0) if added else x).movedim(-2, heads_dim) for x in turned)
     else:
         turned = rope_reference(q, k, cos, sin, positions=positions, heads_dim=heads_dim, half_tables=half_tables)
     return (q.copy_(turned[0]), k.copy_(turned[1])) if in_place else turned
+
+
+def _kernel(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, half: int):
+    """What rotates in Triton or C++; None: the reference."""
+    if q.dtype != k.dtype:
+        return None
+    if takes_triton(q, k, cos, sin):
+        from fastalign_kernels.layers.triton_rope import rotate
+
+        return rotate
+    return native.rotate if native.takes_rope(q, k, cos, sin, positions, half) else None
 
 
 def _check(q, k, cos, sin, positions, heads_dim, half_tables) -> None:
