@@ -13,7 +13,7 @@ LIBRARY = sorted([*(ROOT / "fastalign").rglob("*.py"), *(ROOT / "kernels").rglob
 NATIVE = sorted((ROOT / "csrc").glob("*.[ch]pp"))
 PYTHON = [*LIBRARY, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "benchmarks").rglob("*.py"))]
 LINES_OF_A_FILE, LINES_OF_A_FUNCTION, LINES_OF_A_KERNEL = 400, 60, 120
-LINES_OF_THE_LIBRARY = 38_000  # docstrings, comments and blank lines included
+LINES_OF_THE_LIBRARY = 39_500  # docstrings, comments and blank lines included
 
 # From the bottom up; a module imports from its own layer or from one below, and a trainer never another trainer.
 LAYERS = [
