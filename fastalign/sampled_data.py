@@ -54,7 +54,7 @@ class SampledDataTrainer(Trainer):
     rows_of_one = 1  # completions that batch sizes count as one,
     learned_of_one = 1  # and those of them that are learned from: they stay together in a batch
     attach = staticmethod(attach)
-    _name = ""
+    _name, takes_images = "", False
     _tag_names: list[str] = []
     _synced_step = -1  # steps that the weights of the engine have made; -1: brought anew before it samples
 
@@ -82,10 +82,10 @@ class SampledDataTrainer(Trainer):
             raise TypeError(f"`model` must be a name, a PreTrainedModel or a PeftModel, got `{type(model).__name__}`.")
         config: Any = as_config(args, self.config_class, f"{model_name(model).split('/')[-1]}-{self._name}")
         self.args = config
-        has_environment = environment_factory is not None
+        kind = {"has_environment": environment_factory is not None, "takes_images": self.takes_images}
         size = self.prompts_per_generation()
-        train_dataset = training_prompts(train_dataset, config, size, has_environment=has_environment)
-        eval_dataset = check_prompts("eval_dataset", eval_dataset, config, has_environment=has_environment)
+        train_dataset = training_prompts(train_dataset, config, size, **kind)
+        eval_dataset = check_prompts("eval_dataset", eval_dataset, config, **kind)
         set_seed(config.seed)  # adapters start from random weights
         self.loaded: LoadedModel = resolve_model(model, config, quantization_config, processing_class)
         self.end_ids = end_ids(self.loaded)

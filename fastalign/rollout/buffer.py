@@ -24,6 +24,7 @@ class Experience:
     tokens: dict[str, Tensor] = field(default_factory=dict)  # name -> (n,) fp32, one for each learned token
     values: dict[str, float] = field(default_factory=dict)  # name -> a number of the whole sample
     version: int = 0  # of the oldest weights in it
+    model_inputs: dict[str, Tensor] = field(default_factory=dict)  # of the prompt's images, the same for its group
 
     @property
     def num_learned(self) -> int:
@@ -40,6 +41,7 @@ class Experience:
             )
         places = np.flatnonzero(drawn) if learn else np.zeros(0, np.int64)
         made = cls(np.asarray(sample.prompt_ids, np.int64), ids, places, group, version=sample.version)
+        made.model_inputs = sample.model_inputs
         if sample.logps is not None:
             logps = np.array([np.nan if logp is None else logp for logp in sample.logps], np.float32)
             if logps.shape != ids.shape:
@@ -56,6 +58,7 @@ class Experience:
             "numbers": (self.group, self.advantage, self.version),
             "tokens": {name: value.cpu() for name, value in self.tokens.items()},
             "values": dict(self.values),
+            "model_inputs": self.model_inputs,
         }
 
     @classmethod
@@ -65,7 +68,8 @@ class Experience:
             state[name].numpy() for name in ("prompt_ids", "completion_ids", "learned_at")
         )
         group, advantage, version = state["numbers"]
-        return cls(prompt, completion, learned_at, group, advantage, state["tokens"], state["values"], version)
+        known = state["tokens"], state["values"], version, state.get("model_inputs") or {}
+        return cls(prompt, completion, learned_at, group, advantage, *known)
 
 
 @dataclass

@@ -10,7 +10,8 @@ from transformers.utils.chat_parsing import parse_response
 
 from ..data.call_formats import response_template
 from ..data.chat import get_training_chat_template, is_chat_template_prefix_preserving, supports_tool_calling
-from ..data.formats import is_conversational, prepare_multimodal_messages
+from ..data.formats import has_images, is_conversational, prepare_multimodal_messages
+from .image_inputs import placed_images
 
 OPENING_TOKENS = 64  # of a prompt at most, from which a turn's opening is read
 Prompt = Any  # str | list[dict]: text or messages
@@ -69,6 +70,9 @@ class ChatTokens:
             self.chat_template = get_training_chat_template(self.processing_class)
 
     def _render(self, messages: list[Message], **arguments: Any) -> list[int]:
+        return self._processed(messages, **arguments)["input_ids"][0]
+
+    def _processed(self, messages: list[Message], **arguments: Any) -> Any:
         return self.processing_class.apply_chat_template(
             [prepare_multimodal_messages(messages) if self.takes_parts else messages],
             chat_template=self.chat_template,
@@ -76,7 +80,7 @@ class ChatTokens:
             return_dict=True,
             **arguments,
             **self.template_kwargs,
-        )["input_ids"][0]
+        )
 
     def prompt_ids(self, prompt: Prompt, tools: Sequence[dict[str, Any]] = ()) -> list[int]:
         """Ids of a prompt: of text with the tokenizer's special tokens, of messages with the generation prompt.
@@ -100,6 +104,18 @@ class ChatTokens:
         if not ids:
             raise ValueError(f"The prompt {prompt!r} has no tokens: give it text, or drop the row from the dataset.")
         return ids
+
+    def with_images(self, row: dict[str, Any]) -> tuple[dict[str, Any], list[int], dict[str, Any]]:
+        """A row with `image` or `images` (or neither): the row with the images in its messages, the prompt's ids, and
+        what else the processor made of it (tensors, the first axis of one prompt)."""
+        if not has_images(row):
+            return row, self.prompt_ids(row["prompt"]), {}
+        if not self.takes_parts:
+            raise ValueError("A row has images, and the processing class is a plain tokenizer: drop the column.")
+        [row] = placed_images([row])
+        made = dict(self._processed(row["prompt"], add_generation_prompt=True, return_tensors="pt"))
+        del made["attention_mask"]
+        return row, made.pop("input_ids")[0].tolist(), made
 
     def message(self, prefix: list[int], ids: list[int], tools: Sequence[dict[str, Any]] = ()) -> Message:
         """The assistant's turn that `ids` hold behind `prefix`: `content`, and `tool_calls` where there are any.

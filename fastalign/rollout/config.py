@@ -232,7 +232,7 @@ class CompletionLogArgs:
     log_completions: bool = arg(
         False, "Print completions with every log, and keep them as parquet files in output_dir/completions."
     )
-    log_multimodal: bool = arg(True, "Keep images among the completions; without effect on text.")
+    log_multimodal: bool = arg(True, "Without effect: completions are shown without the images of their prompts.")
     num_completions_to_print: int | None = arg(None, "Completions that are printed; unset: all.")
     log_unique_prompts: bool = arg(False, "Send one completion of each prompt to wandb or trackio, instead of all.")
     log_completions_hub_repo: str | None = arg(None, "Dataset repository of the Hub that the files are sent to.")

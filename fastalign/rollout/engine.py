@@ -21,6 +21,7 @@ class Sampling:
     repetition_penalty: float = 1.0
     stop_ids: tuple[int, ...] = ()  # a completion ends with the first of them, which belongs to it
     regex: str | None = None  # every completion matches it
+    banned: tuple[int, ...] = ()  # tokens that are never drawn; log-probabilities do not know of it
     options: dict[str, Any] = field(default_factory=dict, hash=False)  # the engine's own (`generation_kwargs`)
 
     @property
@@ -37,7 +38,7 @@ class Request:
     prompt_ids: list[int]
     sampling: Sampling
     seed: int | None = None  # the same request with the same seed and weights gives the same tokens
-    model_inputs: dict[str, Any] = field(default_factory=dict)  # images, ..., of the prompt
+    model_inputs: dict[str, Any] = field(default_factory=dict)  # what the processor made of the prompt besides ids
 
 
 @dataclass

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..data.formats import is_conversational
+from ..data.formats import has_images, is_conversational
 from .chat_tokens import ChatTokens
 from .engine import Completion, Engine, FinishReason, Request, Sampling
 from .environments import Environments
@@ -25,8 +25,17 @@ Key = tuple[int, int]  # place of the row, number of the generation
 class _Episode:
     """One sample in the making: turns of the policy and answers of tools, as ids that are only ever appended to."""
 
-    def __init__(self, row: dict[str, Any], prompt_ids: list[int], schemas: list[dict], functions: dict, world: Any):
+    def __init__(
+        self,
+        row: dict[str, Any],
+        prompt_ids: list[int],
+        schemas: list[dict],
+        functions: dict,
+        world: Any,
+        model_inputs: dict[str, Any] | None = None,
+    ):
         self.row, self.prompt_ids, self.schemas = row, prompt_ids, schemas
+        self.model_inputs = model_inputs or {}
         self.functions: dict[str, Callable] = functions
         self.environment = world
         self.ids: list[int] = []
@@ -87,6 +96,7 @@ class _Episode:
             environment=self.environment,
             tool_calls=self.num_calls,
             tool_failures=self.num_failures,
+            model_inputs=self.model_inputs,
         )
 
 
@@ -200,18 +210,20 @@ class _Run:
         rollouts = self.rollouts
         requests = []
         for index, row in enumerate(self.rows):
-            if row.get("image") is not None or row.get("images"):
-                raise ValueError("A row has images, and rollouts take text only; remove the column from the dataset.")
             keys = [(index, number) for number in range(len(self.samples[index]))]
             if rollouts.environments is not None:
                 rollouts.environments.name_of(row)
                 for key in keys:
                     self._beside(key, rollouts.environments.begin(rollouts.runner, row))
                 continue
-            ids = row.get(TOKENISED) or rollouts.tokens.prompt_ids(row["prompt"], rollouts.schemas)
+            inputs: dict[str, Any] = {}
+            if has_images(row):
+                row, ids, inputs = rollouts.tokens.with_images(row)
+            else:
+                ids = row.get(TOKENISED) or rollouts.tokens.prompt_ids(row["prompt"], rollouts.schemas)
             functions = {function.__name__: function for function in rollouts.tools}
             for key in keys:
-                requests.append(self._first(key, _Episode(row, ids, rollouts.schemas, functions, None)))
+                requests.append(self._first(key, _Episode(row, ids, rollouts.schemas, functions, None, inputs)))
         return requests
 
     def _submit(self, requests: list[Request]) -> None:
@@ -238,7 +250,7 @@ class _Run:
         if max_new_tokens != sampling.max_new_tokens:
             sampling = replace(sampling, max_new_tokens=max_new_tokens)
         seed = episode_seed(self.seed, *key, episode.rounds)
-        return Request(key, episode.prompt_ids + episode.ids, sampling, seed)
+        return Request(key, episode.prompt_ids + episode.ids, sampling, seed, episode.model_inputs)
 
     def _returned(self) -> Iterator[tuple[Key, Any]]:
         """What tools and environments have returned by now; waits for one where nothing else can be done.

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ..data.formats import is_conversational
+from ..data.formats import has_images, is_conversational
 from .chat_tokens import ChatTokens
 from .samples import Group, Sample
 
@@ -14,7 +14,8 @@ REQUIRED = ("prompt_ids", "completion_ids", "logprobs")
 
 
 class FunctionRollouts:
-    """Runs `function(prompts, trainer)`, which gets every prompt once for each of its completions.
+    """Runs `function(prompts, trainer)`, which gets every prompt once for each of its completions, with its
+    images in the messages.
 
     It returns a dict of lists, one entry per prompt: `prompt_ids`, `completion_ids`, `logprobs` (nats as sampled, None
     where they are not known), and optionally `env_mask` (1: a token of the policy, 0: of the environment). What else
@@ -35,7 +36,8 @@ class FunctionRollouts:
 
     def run(self, rows: list[dict[str, Any]], num_generations: int, seed: int) -> Iterator[Group]:
         """Groups of `num_generations` samples, one for each row; `seed` is the function's own affair."""
-        repeated = [row for row in rows for _ in range(num_generations)]
+        found = [self.tokens.with_images(row) if has_images(row) else (row, [], {}) for row in rows]
+        repeated = [row for row, _, _ in found for _ in range(num_generations)]
         output = dict(self.function(copy.deepcopy([row["prompt"] for row in repeated]), self.trainer))
         if missing := sorted(set(REQUIRED) - set(output)):
             raise ValueError(f"`rollout_func` must return {', '.join(REQUIRED)}; {', '.join(missing)} missing.")
@@ -61,6 +63,7 @@ class FunctionRollouts:
                     completion=self._completion(row["prompt"], prompt_ids[i], ids),
                     mask=None if mask is None else [bool(one) for one in mask[i]],
                     extras=_fields(output, i),
+                    model_inputs=found[i // num_generations][2],
                 )
             )
         for index in range(len(rows)):

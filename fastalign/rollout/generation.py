@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..metrics import Metrics
 from .buffer import Buffer, Experience
+from .image_inputs import without_images
 from .loader import BatchPlan
 from .rewards import PendingScores, RewardPool, Scores, join_scores
 from .samples import Sample
@@ -67,7 +68,7 @@ class GenerationBatch:
         advantages = self.advantages[self.own].tolist()
         rows = []
         for i, sample in enumerate(self.samples):
-            row = {"prompt": sample.row.get("prompt"), "completion": sample.completion}
+            row = {"prompt": without_images(sample.row.get("prompt")), "completion": sample.completion}
             row |= dict(zip(self.scores.names, self.scores.rewards[i].tolist(), strict=True))
             row |= {name: values[i] for name, values in self.scores.columns.items()}
             rows.append(row | ({"advantage": advantages[i]} if advantages else {}))

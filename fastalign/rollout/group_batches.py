@@ -14,6 +14,7 @@ from torch import Tensor
 from ..data.batch import TokenBatch
 from ..data.pair_batches import SHARE_GAIN
 from .buffer import Experience
+from .image_inputs import join_inputs
 
 
 @dataclass
@@ -78,6 +79,8 @@ class GroupCollator:
         lengths = layout.lengths
         tensors = self._flat(layout) if self.flat else self._padded(layout)
         if not self.flat:
+            inputs = [one.model_inputs for one in experiences]
+            tensors["model_inputs"] = join_inputs(inputs, lengths.tolist(), tensors["input_ids"].shape[1])
             begins = np.cumsum(lengths) - lengths  # without padding
             source = source + np.repeat(np.arange(len(lengths)) * tensors["input_ids"].shape[1] - begins, counts)
         extras = _token_extras(experiences)

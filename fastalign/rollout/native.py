@@ -23,6 +23,7 @@ from .native_attention import configs_of, decoding
 from .native_cache import DecodeCache, KeyValues, PrefillCache, bytes_per_token, joined
 from .native_cohort import Cohort, Row, merged
 from .native_forward import Owners, is_exact, next_tokens
+from .native_images import ImageCache, within_limit
 from .native_own_cache import OwnCache
 from .native_sampling import Plan, plan_of
 
@@ -40,7 +41,7 @@ class NativeEngine:
     forward. Log-probabilities are those of `token_stats`, of the distribution drawn from; at temperature 0 those of
     temperature 1. A request's tokens depend on its seed and its logits alone: on what else is in the batch only
     through the rounding of products. Models whose attention cannot be given from outside (recurrent ones, those with
-    images) run with a cache of their own, in batches of equally long prompts.
+    images) run with a cache of their own, in batches of equally long prompts; prompts with images in padded ones.
     """
 
     name = "native"
@@ -171,22 +172,23 @@ class NativeEngine:
             tokens -= row.room if row.ids else min(row.room, EXPECTED_TOKENS)  # once put back, it shall not come again
             if tokens < 0 and (rows or self._cohorts):
                 break
-            prompts.add(row.history)
+            if self.info.flat:
+                prompts.add(row.history)
             rows.append(self._waiting.popleft())
         return rows
 
     def _batches(self, rows: list[Row]) -> list[list[Row]]:
-        """`rows` in cohorts: by length, so that little is padded; all of one length, or of one prompt where it has
-        images, for models that keep their own cache."""
+        """`rows` in cohorts: by length, so that little is padded; all of one length, unless there are images, for
+        models that keep their own cache."""
         batches: dict[Any, list[Row]] = {}
         for row in rows:
             kind: Any = max(len(row.history) - 1, SHORT_PROMPT - 1).bit_length()
             if row.request.model_inputs:
-                kind = row.history, tuple(map(id, row.request.model_inputs.values()))
+                kind = "images", kind
             elif not self.info.flat:
                 kind = -len(row.history)
             batches.setdefault(kind, []).append(row)
-        return list(batches.values())
+        return [part for batch in batches.values() for part in within_limit(batch)]
 
     def _start(self, rows: list[Row]) -> list[Completion]:
         """Read the prompts of `rows` and draw the first token of each."""
@@ -195,8 +197,11 @@ class NativeEngine:
         prompt_of_row = [number.setdefault(row.history, len(number)) for row in rows]
         lengths = [len(row.history) for row in rows]
         if not self.info.flat or rows[0].request.model_inputs:
-            ids = torch.tensor([row.history for row in rows], device=device)
-            cache = OwnCache(self.model, self.base, ids, rows[0].request.model_inputs)
+            histories, inputs = zip(*((row.history, row.request.model_inputs) for row in rows), strict=True)
+            if inputs[0]:
+                cache = ImageCache(self.model, self.base, histories, inputs)
+            else:
+                cache = OwnCache(self.model, self.base, torch.tensor(histories, device=device))
             cohort = Cohort(rows, lengths, cache, device)
             self._cohorts.append(cohort)
             return self._decode_own(cohort)

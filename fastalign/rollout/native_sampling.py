@@ -58,6 +58,7 @@ def plan_of(sampling: Sampling, engine: str) -> Plan:
         float(values["top_p"]),
         float(values["min_p"] or 0.0),
         float(values["repetition_penalty"]),
+        tuple(sampling.banned),
     )
     return Plan(distribution, tuple(sampling.stop_ids), int(values["max_new_tokens"]))
 

@@ -19,6 +19,7 @@ from typing import Any, cast
 
 from .engine import Completion
 from .generation import ScoredRollouts
+from .image_inputs import without_images
 from .rewards import Scores
 from .samples import Sample
 
@@ -28,7 +29,7 @@ Rows = list[dict[str, Any]]
 PATIENCE = 10.0  # seconds that closing waits for the thread, which may wait for a tool
 KEPT = (  # fields of samples that the update and the completions log read
     *("prompt_ids", "completion_ids", "logps", "mask", "finish_reason", "version", "newest_version"),
-    *("tool_calls", "tool_failures"),
+    *("tool_calls", "tool_failures", "model_inputs"),
 )
 
 
@@ -156,7 +157,7 @@ class Ahead:
 
 def _to_state(made: ScoredRollouts | _Kept) -> dict[str, Any]:
     scores = made.scores()
-    shown = [[sample.row.get("prompt"), sample.completion] for sample in made.samples]
+    shown = [[without_images(sample.row.get("prompt")), sample.completion] for sample in made.samples]
     names = ("names", "failures", "errors", "metrics", "seconds")
     return {
         "samples": [{name: getattr(sample, name) for name in KEPT} for sample in made.samples],

@@ -8,6 +8,7 @@ from datasets import Dataset, IterableDataset
 
 from ..data.formats import first_row, has_images
 from ..models import LoadedModel
+from .image_inputs import IMAGE_COLUMNS, check_image_prompt
 
 TOKENISED = "prompt_token_ids"  # column of prompts that are tokenised; `prompt` is then for people and rewards
 
@@ -20,7 +21,9 @@ def end_ids(loaded: LoadedModel) -> tuple[int, ...]:
     return tuple(ids if own is None or own in ids else [own, *ids])
 
 
-def training_prompts(train_dataset: Any, args: Any, size: int, *, has_environment: bool) -> Any:
+def training_prompts(
+    train_dataset: Any, args: Any, size: int, *, has_environment: bool, takes_images: bool = False
+) -> Any:
     """The training set, checked; rows without a prompt of their own where environments make them.
 
     `size`: prompts of a generation batch, over all ranks. ValueError where the set is missing or does not fill one,
@@ -32,7 +35,8 @@ def training_prompts(train_dataset: Any, args: Any, size: int, *, has_environmen
         if args.max_steps <= 0:
             raise ValueError(f"Without `train_dataset`, `max_steps` must be above 0; it is {args.max_steps}.")
         return Dataset.from_dict({"prompt": [[{"role": "user", "content": ""}]] * size})
-    train_dataset = check_prompts("train_dataset", train_dataset, args, has_environment=has_environment)
+    kind = {"has_environment": has_environment, "takes_images": takes_images}
+    train_dataset = check_prompts("train_dataset", train_dataset, args, **kind)
     if isinstance(train_dataset, Dataset) and len(train_dataset) < size:
         raise ValueError(
             f"`train_dataset` has {len(train_dataset)} prompts, fewer than the {size} of one generation batch "
@@ -42,18 +46,18 @@ def training_prompts(train_dataset: Any, args: Any, size: int, *, has_environmen
     return train_dataset
 
 
-def check_prompts(name: str, dataset: Any, args: Any, *, has_environment: bool) -> Any:
+def check_prompts(name: str, dataset: Any, args: Any, *, has_environment: bool, takes_images: bool = False) -> Any:
     """`dataset` (or a dict of several) with the columns that are used.
 
-    TypeError for what is no dataset, ValueError for rows without `prompt` (unless environments make it) and images.
+    TypeError for what is no dataset, ValueError for rows without `prompt` (unless environments make it) and for images
+    that the trainer does not take.
     """
+    kind = {"has_environment": has_environment, "takes_images": takes_images}
     if dataset is None:
         return None
     if isinstance(dataset, dict):
         parts = {f"{name}[{key!r}]": (key, part) for key, part in dataset.items()}
-        return {
-            key: check_prompts(own, part, args, has_environment=has_environment) for own, (key, part) in parts.items()
-        }
+        return {key: check_prompts(own, part, args, **kind) for own, (key, part) in parts.items()}
     if not isinstance(dataset, (Dataset, IterableDataset)):
         raise TypeError(f"`{name}` must be a `Dataset` or `IterableDataset`, got `{type(dataset).__name__}`.")
     sample = first_row(dataset, name)
@@ -63,8 +67,12 @@ def check_prompts(name: str, dataset: Any, args: Any, *, has_environment: bool) 
             "(text or messages)."
         )
     if has_images(sample):
-        raise ValueError(f"`{name}` has images, which this trainer does not take: drop those columns.")
-    return dataset.select_columns(["prompt"]) if args.remove_unused_columns and "prompt" in sample else dataset
+        check_image_prompt(name, sample, **kind)
+        reentrant = (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+        if args.ddp_find_unused_parameters is None and not reentrant:
+            args.ddp_find_unused_parameters = True  # a batch without images gives the vision tower no gradient
+    used = [column for column in ("prompt", *IMAGE_COLUMNS) if column in sample]
+    return dataset.select_columns(used) if args.remove_unused_columns and "prompt" in sample else dataset
 
 
 def tokenised_prompts(dataset: Any, tokenizer: Any) -> Any:

@@ -25,6 +25,7 @@ class Sample:
     tool_calls: int = 0
     tool_failures: int = 0
     extras: dict[str, Any] = field(default_factory=dict)  # further fields of a rollout function: given to rewards
+    model_inputs: dict[str, Any] = field(default_factory=dict)  # tensors of the prompt's images
 
 
 @dataclass

@@ -12,6 +12,7 @@ from .engine import Engine
 from .episodes import Rollouts
 from .function_rollouts import FunctionRollouts
 from .group_batches import GroupCollator
+from .image_inputs import prepare_for_images
 from .rewards import RewardPool
 
 
@@ -31,6 +32,7 @@ class Sources:
 def make_own_engine(trainer: Any, sources: Sources) -> Engine | None:
     """What samples, as the config asks; None where a `rollout_func` needs no engine."""
     args = trainer.args
+    prepare_for_images(trainer, sources.has_tools)
     if sources.rollout_func is not None and not args.use_vllm:
         return None
     given: dict[str, Any] = {"accelerator": trainer.accelerator, "sampling": trainer.sampling}

@@ -71,7 +71,9 @@ def _without_loss(step: Step) -> Experience:
     shortest = min(known, key=lambda one: len(one.prompt_ids))
     names = {name for one in known for name in one.tokens}
     zeros = {name: torch.zeros(1) for name in names}
-    return Experience(shortest.prompt_ids, np.zeros(1, np.int64), np.zeros(1, np.int64), -1, tokens=zeros)
+    made = Experience(shortest.prompt_ids, np.zeros(1, np.int64), np.zeros(1, np.int64), -1, tokens=zeros)
+    made.model_inputs = shortest.model_inputs
+    return made
 
 
 def loss_weights(

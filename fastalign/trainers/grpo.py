@@ -157,13 +157,13 @@ class GRPOConfig(
 class GRPOTrainer(SampledDataTrainer):
     """GRPO and its relatives for a causal language model, given by name, as an object, or with adapters.
 
-    Takes `prompt` (text or messages); all other columns go to the reward functions. Arguments, defaults, batch algebra
-    and metrics are those of TRL's trainer. Completions of advantage 0 are not run where nothing reads them (beta 0, no
-    entropy bonus or mask): `entropy` is then that of the others.
+    Takes `prompt`: text, or messages, these also with images. All other columns go to the reward functions. Arguments,
+    defaults, batch algebra and metrics are those of TRL's trainer. Completions of advantage 0 are not run where
+    nothing reads them (beta 0, no entropy bonus or mask): `entropy` is then that of the others.
     """
 
     config_class = GRPOConfig
-    _name = "GRPO"
+    _name, takes_images = "GRPO", True
     _tag_names = ["fastalign", "grpo"]
     args: GRPOConfig
 

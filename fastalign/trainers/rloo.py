@@ -61,12 +61,13 @@ class RLOOConfig(
 class RLOOTrainer(SampledDataTrainer):
     """RLOO (arXiv:2402.14740) for a causal language model, given by name, as an object, or with adapters.
 
-    Takes `prompt` (text or messages); all other columns go to the reward functions. Arguments, defaults, batch algebra
-    and metrics are those of TRL's trainer. Completions of advantage 0 are not run: `entropy` is that of the others.
+    Takes `prompt`: text, or messages, these also with images. All other columns go to the reward functions. Arguments,
+    defaults, batch algebra and metrics are those of TRL's trainer. Completions of advantage 0 are not run:
+    `entropy` is that of the others.
     """
 
     config_class = RLOOConfig
-    _name = "RLOO"
+    _name, takes_images = "RLOO", True
     _tag_names = ["fastalign", "rloo"]
     args: RLOOConfig
 

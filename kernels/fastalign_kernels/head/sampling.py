@@ -32,6 +32,7 @@ class Distribution:
     top_p: float = 1.0  # mass kept
     min_p: float = 0.0  # least probability kept, as a share of the largest
     repetition_penalty: float = 1.0  # divides positive logits of tokens seen before, multiplies negative ones
+    banned: tuple[int, ...] = ()  # tokens that are never drawn; log-probabilities do not know of it
 
 
 @dataclass(frozen=True)
@@ -114,14 +115,19 @@ def _chunk(hidden: Tensor, vocabulary: int) -> int | None:
 
 
 def _draw(z: Tensor, uniform: Tensor, distribution: Distribution) -> tuple[Tensor, Tensor]:
+    allowed, banned = z, list(distribution.banned)
+    if banned:
+        allowed = z.clone()
+        allowed[:, banned] = -torch.inf
     if distribution.temperature == 0.0:
-        ids = z.argmax(1)
+        ids = allowed.argmax(1)
         return ids, z.log_softmax(1).gather(1, ids[:, None])[:, 0]
     if distribution.temperature != 1.0:
-        z = z / distribution.temperature
-    p = truncate(z, distribution).softmax(1)
+        z, allowed = z / distribution.temperature, allowed / distribution.temperature
+    p = truncate(allowed, distribution).softmax(1)
     ids = invert(p, uniform)
-    return ids, p.gather(1, ids[:, None])[:, 0].log()
+    logp = p.gather(1, ids[:, None])[:, 0].log()
+    return ids, logp + allowed.logsumexp(1) - z.logsumexp(1) if banned else logp
 
 
 def truncate(z: Tensor, distribution: Distribution) -> Tensor:
