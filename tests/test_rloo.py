@@ -88,13 +88,13 @@ def history(library, folder, *, evaluate=False, rewards=(length_reward, parity_r
 
 
 def assert_same(ours: list[dict], theirs: list[dict]) -> None:
-    """The same keys and numbers; a loss is a sum of advantages that cancel, and keeps the last bits of each."""
+    """The same keys and numbers; losses and kl are sums whose parts cancel, and keep the last bits of each."""
     assert len(ours) == len(theirs)
     for own, other in zip(ours, theirs, strict=True):
         assert set(own) == set(other), set(own) ^ set(other)
         size = max((v for k, v in other.items() if k.endswith("reward_std")), default=1.0)
         for key in set(own) - TIMED - {"step_time"}:
-            error = 1e-6 * (1 + size) if "loss" in key else 2e-7
+            error = 1e-6 * (1 + size) if "loss" in key or key.endswith("kl") else 2e-7
             assert own[key] == pytest.approx(other[key], rel=PARITY_RTOL, abs=error), key
 
 
