@@ -23,8 +23,14 @@ def check_loss(config: Any, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"`label_smoothing` is {config.label_smoothing}; it must be from 0 to 1.")
     if config.loss_type == "ipo" and config.beta == 0:
         raise ValueError("`beta` is 0, but 'ipo' aims at a margin of 1 / (2 beta): give another number.")
-    if config.label_smoothing and config.loss_type not in SMOOTHED:
-        logger.warning("`label_smoothing` is ignored with `loss_type=%r`; set it to 0.0.", config.loss_type)
+    warn_of_smoothing(config.label_smoothing, [config.loss_type], SMOOTHED)
+
+
+def warn_of_smoothing(label_smoothing: float, types: list[str], smoothed: tuple[str, ...]) -> None:
+    """Warn where no loss among `types` is one of the `smoothed`, which read `label_smoothing`."""
+    if label_smoothing and not set(smoothed).intersection(types):
+        found = types[0] if len(types) == 1 else types
+        logger.warning("`label_smoothing` is ignored with `loss_type=%r`; set it to 0.0.", found)
 
 
 def check_model(trainer: Any) -> None:

@@ -67,7 +67,7 @@ def resolve_reference(trainer, ref_model, quantization_config) -> Any:
         options.setdefault("attn_implementation", policy.config._attn_implementation)
     trust = options.pop("trust_remote_code", args.trust_remote_code)
     found = load_model(name, trust_remote_code=trust, **options)
-    if ref_model is None and _differ(policy, found):
+    if ref_model is None and _differ(policy, found, name):
         logger.warning(
             "The reference is loaded from %r, but the weights of `model` are others: it was changed in memory. If it "
             "should be compared with itself as it is now, pass `ref_model=copy.deepcopy(model)`.",
@@ -76,10 +76,22 @@ def resolve_reference(trainer, ref_model, quantization_config) -> Any:
     return found
 
 
-def _differ(model: nn.Module, other: nn.Module) -> bool:
-    """Whether the beginning of some parameter differs."""
-    pairs = zip(model.parameters(), other.parameters(), strict=True)
-    return any(not torch.equal(a.flatten()[:256].cpu(), b.flatten()[:256].cpu().to(a.dtype)) for a, b in pairs)
+def _differ(model: nn.Module, other: nn.Module, name: str) -> bool:
+    """Whether some parameter has other values; those without any yet (meta, on ranks that load nothing) are left out.
+
+    ValueError where shapes differ: the two would not even have the same tokens.
+    """
+    found, loaded = list(model.named_parameters()), list(other.named_parameters())
+    shapes, others = ([(n, tuple(p.shape)) for n, p in side if p.is_floating_point()] for side in (found, loaded))
+    if [shape for _, shape in shapes] != [shape for _, shape in others]:
+        first = next((pair for pair in zip(shapes, others, strict=False) if pair[0][1] != pair[1][1]), None)
+        what = f"{first[0][0]} is {first[0][1]}, there {first[1][1]}" if first else f"{len(shapes)} and {len(others)}"
+        raise ValueError(
+            f"`ref_model` is not given, so the reference is loaded from {name!r}, but the parameters of `model` have "
+            f"other shapes ({what}), as after `resize_token_embeddings`: pass `ref_model=copy.deepcopy(model)`."
+        )
+    pairs = [(a, b) for (_, a), (_, b) in zip(found, loaded, strict=False) if not (a.is_meta or b.is_meta)]
+    return any(not torch.equal(a, b.to(a.device, a.dtype)) for a, b in pairs)
 
 
 def prepare_reference(trainer, model: Any) -> Any:

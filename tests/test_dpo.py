@@ -64,12 +64,20 @@ def test_fields_and_constructor_are_those_of_trl():
         ({"ref_model_mixup_alpha": 2.0}, "`ref_model_mixup_alpha` is 2.0"),
         ({"precompute_ref_batch_size": 0}, "`precompute_ref_batch_size` is 0"),
         ({"beta": 0.0, "loss_type": ["sigmoid", "ipo"]}, r"`beta` is 0, but \['ipo'\] aim at margins"),
+        ({"loss_type": "discopop", "discopop_tau": 0.0}, "`discopop_tau` is 0.0, which .*: give one above 0"),
         ({"label_smoothing_factor": 0.1}, "no smoothing over the vocabulary"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, error):
     with pytest.raises(ValueError, match=error):
         DPOConfig("unused", use_cpu=True, **settings)
+
+
+def test_smoothing_that_no_loss_reads_is_said(caplog):
+    DPOConfig("unused", use_cpu=True, label_smoothing=0.1, loss_type=["sigmoid", "robust"])
+    assert "label_smoothing" not in caplog.text
+    DPOConfig("unused", use_cpu=True, label_smoothing=0.1)
+    assert "`label_smoothing` is ignored with `loss_type='sigmoid'`; set it to 0.0." in caplog.text
 
 
 def test_models_that_need_padded_rows_refuse_flat_settings(tmp_path, padded):

@@ -9,7 +9,7 @@ from tiny import tiny_model
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from fastalign import BEMACallback, SyncRefModelCallback, logits_forward
+from fastalign import BEMACallback, SyncRefModelCallback, logits_forward, reference_models
 from fastalign import reference as module
 from fastalign.loop.batching import batches_by_length
 from fastalign.loop.weights import content_hash
@@ -329,3 +329,27 @@ def test_bema_saves_an_adapter_and_tied_weights(tmp_path):
     trainer = train(tmp_path / "tied", model=tiny_model("qwen2"), callbacks=[callback], learning_rate=1e-2)
     saved = type(trainer.model).from_pretrained(tmp_path / "tied" / "bema")
     torch.testing.assert_close(saved.lm_head.weight.detach(), callback.weights["model.embed_tokens.weight"])
+
+
+def test_a_policy_changed_in_memory_needs_its_own_copy_as_reference(tmp_path, caplog):
+    tiny_model().save_pretrained(tmp_path / "model")
+
+    def loaded():
+        return LlamaForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+
+    make(tmp_path, model=loaded())
+    assert "changed in memory" not in caplog.text
+    model = loaded()
+    with torch.no_grad():
+        model.lm_head.weight[-1, -1] += 1  # far from the beginning
+    make(tmp_path, model=model)
+    assert "the weights of `model` are others: it was changed in memory" in caplog.text
+    with torch.device("meta"):  # as on ranks that load no weights
+        empty = LlamaForCausalLM(model.config)
+    assert not reference_models._differ(empty, model, "") and not reference_models._differ(model, empty, "")
+    model = loaded()
+    rows, size = model.get_input_embeddings().weight.shape
+    model.resize_token_embeddings(rows + 3)
+    shapes = rf"embed_tokens.weight is \({rows + 3}, {size}\), there \({rows}, {size}\)"
+    with pytest.raises(ValueError, match=rf"{shapes}.*pass `ref_model=copy.deepcopy\(model\)`"):
+        make(tmp_path, model=model)

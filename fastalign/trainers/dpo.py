@@ -17,8 +17,10 @@ from ..given_data import GivenDataTrainer, passed_on
 from ..loop.health import watch_drift
 from ..pairs import PairArgs, answer_collator, pair_loss, prepare_answers, record_pairs, with_outputs
 from ..reference import ReferenceArgs
+from ..reference_free import warn_of_smoothing
 
 ANSWERS = ("chosen", "rejected")
+SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")  # losses in which preferences may be flipped
 DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 
 
@@ -62,6 +64,9 @@ class DPOConfig(ReferenceArgs, PairArgs, AlignConfig):
                 f"`loss_weights` is {self.loss_weights}, `loss_type` {types}: give at least one loss, and a weight "
                 "for each or none."
             )
+        if self.discopop_tau <= 0:
+            raise ValueError(f"`discopop_tau` is {self.discopop_tau}, which margins are divided by: give one above 0.")
+        warn_of_smoothing(self.label_smoothing, types, SMOOTHED)
         if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
             raise ValueError(f"`ld_alpha` is {self.ld_alpha}; it must be from 0 to 1, or None for plain sums.")
         one_of(self, "f_divergence_type", DIVERGENCES)

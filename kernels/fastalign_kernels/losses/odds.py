@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastalign_kernels.losses.preference import PairLosses, bounded_exp, smoothed_logistic
+from fastalign_kernels.losses.preference import PairLosses, bounded_exp, smoothed_logistic, squared_distance
 
 
 def _margin_loss(margin: Tensor, loss_type: str, beta: float, label_smoothing: float, gamma: float) -> Tensor:
@@ -16,7 +16,7 @@ def _margin_loss(margin: Tensor, loss_type: str, beta: float, label_smoothing: f
     if loss_type == "hinge":
         return torch.relu(1 - beta * margin)
     if loss_type == "ipo":
-        return (margin - 1 / (2 * beta)) ** 2
+        return squared_distance(margin, 1 / (2 * beta))
     return smoothed_logistic(
         beta * margin - gamma if loss_type in ("simpo", "tpo-l") else beta * margin, label_smoothing
     )

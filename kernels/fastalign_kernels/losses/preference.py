@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LARGEST_EXPONENT = 80.0  # exp(80) and its gradient still fit into fp32 and bf16
+LARGEST_DISTANCE = 1e15  # its square, and gradients made of that, too
 
 
 class PairLosses(NamedTuple):
@@ -34,6 +35,14 @@ class PairLosses(NamedTuple):
     def accuracies(self) -> Tensor:
         """(B,) 1 where the chosen answer has the larger reward, else 0."""
         return (self.chosen_rewards > self.rejected_rewards).to(self.chosen_rewards.dtype)
+
+
+def squared_distance(margin: Tensor, target: float) -> Tensor:
+    """IPO's (margin - target)^2, the distance held at 1e15: a score of exp(80) would be infinite when squared in fp32.
+
+    Beyond, the loss is 1e30 and has no gradient, as `bounded_exp` has none.
+    """
+    return (margin - target).clamp(-LARGEST_DISTANCE, LARGEST_DISTANCE) ** 2
 
 
 def bounded_exp(x: Tensor) -> Tensor:
@@ -107,7 +116,7 @@ def _hinge(p: _Pairs) -> Tensor:
 
 def _ipo(p: _Pairs) -> Tensor:
     """IPO, arXiv:2310.12036 Eq. 17, on per-token means: (d_mean - 1 / (2 beta))^2."""
-    return (p.mean_margin - 1 / (2 * p.beta)) ** 2
+    return squared_distance(p.mean_margin, 1 / (2 * p.beta))
 
 
 def _exo_pair(p: _Pairs) -> Tensor:
