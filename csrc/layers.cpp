@@ -25,6 +25,8 @@ using rows::splat;
 constexpr int64_t ROWS_OF_A_SUM = 64;           // rows whose share of a weight's gradient is added up in one place
 constexpr int64_t WORK_PER_THREAD = 64 * 1024;  // numbers; less is not worth starting a thread
 
+int64_t norm_blocks(int64_t num_rows) { return (num_rows + ROWS_OF_A_SUM - 1) / ROWS_OF_A_SUM; }
+
 template <class T>
 T* at(uintptr_t address) {
     return reinterpret_cast<T*>(address);
@@ -245,7 +247,7 @@ void bind_layers(py::module_& module) {
             const NormBackward job{at<C>(grad), at<C>(grad_sum), at<C>(x), at<C>(weight), at<C>(rstd),
                                    at<float>(grad_x), at<float>(partial), num_rows, width, grad_stride,
                                    grad_sum_stride, x_stride, offset};
-            run(job, (num_rows + ROWS_OF_A_SUM - 1) / ROWS_OF_A_SUM, num_rows * width, num_threads, isa);
+            run(job, norm_blocks(num_rows), num_rows * width, num_threads, isa);
         },
         "Gradients of RMSNorm's rows, and of its weight in parts to be added up.");
     module.def(
@@ -266,5 +268,5 @@ void bind_layers(py::module_& module) {
                                                            isa);
         },
         "Heads (B, L, H, K) rotated; shape B, L, H, half, rest, strides of from, to (three each), and of the angles.");
-    module.attr("ROWS_OF_A_SUM") = ROWS_OF_A_SUM;
+    module.def("norm_blocks", &norm_blocks, "How many parts a weight's gradient has of so many rows.");
 }

@@ -90,8 +90,7 @@ class WordTable:
     def __len__(self) -> int: ...
 
 # layers.cpp; addresses of CPU tensors, 0 where there is none, and strides in elements
-ROWS_OF_A_SUM: int
-
+def norm_blocks(num_rows: int) -> int: ...
 def norm_forward(
     x: int,
     residual: int,

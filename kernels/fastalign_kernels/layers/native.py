@@ -70,8 +70,7 @@ def norm_backward(
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of the rows (with that of the sum added) and of the weight."""
     grad_x, module, weight = x.new_empty(x.shape), _module(), weight.contiguous()
-    blocks = -(-len(x) // module.ROWS_OF_A_SUM)
-    partial = x.new_empty(blocks, x.shape[1]) if weight_gradient else None
+    partial = x.new_empty(module.norm_blocks(len(x)), x.shape[1]) if weight_gradient else None
     module.norm_backward(
         _at(grad), _at(grad_sum), _at(x), _at(weight), _at(rstd), _at(grad_x), _at(partial), *x.shape, _step(grad),
         _step(grad_sum), _step(x), offset, torch.get_num_threads(), ISA,
