@@ -229,3 +229,49 @@ def test_unequal_labels_are_warned_of(tmp_path, caplog):
     good = judged().map(lambda _: {"label": True})
     make(fastalign, tmp_path / "c", data=good)
     assert "All 17 answers are desirable, and no weight makes up for it" in caplog.text
+
+
+def test_a_last_batch_of_one_row_is_warned_of(tmp_path, caplog):
+    make(fastalign, tmp_path)
+    assert caplog.text.count("The last batch of 17 rows with `per_device_train_batch_size=4` has one row") == 1
+    caplog.clear()
+    quiet = {"dataloader_drop_last": True}, {"per_device_train_batch_size": 5}, {"loss_type": "apo_zero_unpaired"}
+    for settings in quiet:
+        make(fastalign, tmp_path, **settings)
+    assert "The last batch" not in caplog.text
+
+
+def _kl_run(folder, data, **settings):
+    """(the dataset it trains on, log-probabilities of mismatched answers, losses and z of the steps)."""
+    trainer = make(fastalign, folder, data=data, precompute_ref_log_probs=True, **settings)
+    log = history(trainer)
+    steps = [entry[name] for name in ("loss", "kl") for entry in log if name in entry]
+    return trainer.train_dataset, trainer.train_dataset["ref_kl_logps"][:], steps
+
+
+def test_given_log_probabilities_of_other_mismatched_answers_are_computed_again(tmp_path, caplog):
+    saved, expected, steps = _kl_run(tmp_path, judged(16))
+    marked = saved.map(lambda row: {"ref_kl_logps": row["ref_kl_logps"] + 1})
+    assert _kl_run(tmp_path, marked)[1] == pytest.approx([value + 1 for value in expected], rel=1e-6)  # taken as given
+    assert "other mismatched answers" not in caplog.text
+    alone = marked.remove_columns("kl_completion_ids")
+    assert _kl_run(tmp_path, alone)[1:] == (pytest.approx(expected, rel=1e-5), pytest.approx(steps, rel=1e-4))
+    for rows, size in ((saved.shuffle(seed=0), 4), (saved, 8)):
+        caplog.clear()
+        found = _kl_run(tmp_path, rows, per_device_train_batch_size=size)
+        assert "`ref_kl_logps` are of other mismatched answers" in caplog.text
+        fresh = rows.remove_columns(["ref_logps", "ref_kl_logps", "kl_completion_ids"])
+        wanted = _kl_run(tmp_path, fresh, per_device_train_batch_size=size)
+        assert found[1] == pytest.approx(wanted[1], rel=1e-5)
+        assert found[2] == pytest.approx(wanted[2], rel=1e-4)
+    with pytest.raises(ValueError, match="The stream's `ref_kl_logps` are of other mismatched answers"):
+        _kl_run(tmp_path, saved.shuffle(seed=0).to_iterable_dataset())
+    run = history(make(fastalign, tmp_path, data=saved.to_iterable_dataset(), precompute_ref_log_probs=True))
+    assert [entry["loss"] for entry in run if "loss" in entry] == pytest.approx(steps[: len(steps) // 2], rel=1e-5)
+
+
+def test_prepared_data_are_evaluated_after_the_reference_is_gone(tmp_path):
+    data = judged(6)
+    trainer = make(fastalign, tmp_path, evaluation=data, precompute_ref_log_probs=True, ref_model=None, max_steps=1)
+    trainer.train()
+    assert trainer.evaluate(trainer.eval_dataset)["eval_loss"] == trainer.evaluate()["eval_loss"]

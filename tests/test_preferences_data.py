@@ -312,6 +312,30 @@ def test_bad_rows_of_other_forms(caplog):
     assert made["prompt_ids"] == [tokenizer("a")["input_ids"]]
 
 
+def test_labels_and_given_numbers_are_read_or_named(caplog):
+    prepare = partial(prepare_unpaired_dataset, processing_class=tokenizer_of(), max_length=None)
+    texts = {"prompt": ["a"] * 3, "completion": [" x"] * 3}
+    for labels in ([True, False, True], [1, 0, 1], [1.0, 0.0, 1.0]):
+        assert prepare(Dataset.from_dict(texts | {"label": labels}))["label"] == [True, False, True]
+    for labels in ([1, 0, -1], [0, 1, 5], [0.0, 1.0, 0.5], ["true", "false", "no"]):
+        row = 0 if labels[0] == "true" else 2
+        for data in (found := Dataset.from_dict(texts | {"label": labels}), found.to_iterable_dataset()):
+            with pytest.raises(ValueError, match=rf"`label` holds {labels[row]!r} in row {row}; allowed are true"):
+                list(prepare(data))
+    caplog.clear()
+    judged = {"label": [1.0, float("nan"), 0.0], "ref_logps": [-1.0, -2.0, None]}
+    made = prepare(Dataset.from_dict(texts | judged))
+    assert (made["label"], made["ref_logps"]) == ([True], [-1.0])
+    assert "2 dropped: a column holds no value, or one of another kind than the first row's (row 1, 2)" in caplog.text
+    pairs = {"prompt": ["a"] * 3, "chosen": [" b"] * 3, "rejected": [" c"] * 3, "margin": [1.0, None, 2.0]}
+    options = {"processing_class": tokenizer_of(), "max_length": None}
+    assert prepare_reward_dataset(Dataset.from_dict(pairs), **options)["margin"] == [1.0, 2.0]
+    assert len(prepare_preference_dataset(Dataset.from_dict(pairs), **options)) == 3  # which reads no margin
+    pairs |= {"ref_chosen_logps": [None, -1.0, -1.0], "ref_rejected_logps": [-1.0, -1.0, float("nan")]}
+    with pytest.raises(ValueError, match=r"\(row 0, 2\)"):
+        prepare_preference_dataset(Dataset.from_dict(pairs), bad_rows="error", **options)
+
+
 def test_data_that_cannot_be_used():
     tokenizer = tokenizer_of()
     prepare = partial(prepare_preference_dataset, processing_class=tokenizer, max_length=None)

@@ -199,7 +199,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
         _trainer(tmp_path, classifier("llama", "Token", num_labels=1))
     with pytest.raises(ValueError, match="completions"):
         _trainer(tmp_path, data=Dataset.from_list([{"prompt": "a", "completion": "b"}]))
-    with pytest.raises(ValueError, match="2 `completions` and 1 `labels`"):
+    with pytest.raises(ValueError, match="No row of the train dataset can be used"):
         _trainer(tmp_path, data=Dataset.from_list([{"prompt": "a", "completions": ["b", "c"], "labels": [True]}]))
     with pytest.raises(ValueError, match="once"):
         fastalign.PRMTrainer(train_dataset=_data())
@@ -208,3 +208,28 @@ def test_what_does_not_fit_is_refused(tmp_path):
     collator = StepCollator(pad_token_id=0, num_labels=2, flat=True, vocab_size=9)
     with pytest.raises(ValueError, match="row 1, position 0: 2 is no class"):
         collator([{"input_ids": [1], "labels": [1]}, {"input_ids": [1, 2], "labels": [2, -100]}])
+
+
+def test_bad_rows_are_named_by_their_number_in_the_dataset(tmp_path, caplog):
+    rows = [{"prompt": "a", "completions": ["b", "c"], "labels": [True, False]} for _ in range(2003)]
+    rows[1] = rows[1] | {"prompt": "a " * 60}
+    rows[1203] = rows[1203] | {"labels": [True]}
+    rows[1500] = rows[1500] | {"completions": ["b", ""]}
+    rows[1600] = rows[1600] | {"completions": None}
+    rows[1700] = rows[1700] | {"completions": [None, "c"]}
+    rows[2002] = rows[2002] | {"labels": [None, True]}
+    data, tokenizer = Dataset.from_list(rows), tiny_tokenizer()
+    kept = prepare_stepwise_dataset(data, tokenizer, max_length=40)
+    assert len(kept) == 1998
+    reasons = [
+        "3 dropped: a column holds no value, or one of another kind than the first row's (row 1600, 1700, 2002)",
+        "1 dropped: `completions` and `labels` are not equally many (row 1203)",
+        "1 dropped: no label of a step is left, as there is none or the limits on length cut it off (row 1)",
+        "1 kept: a step says nothing (row 1500)",
+    ]
+    assert all(reason in caplog.text for reason in reasons)
+    stream = prepare_stepwise_dataset(data.to_iterable_dataset(), tokenizer, max_length=40)
+    assert [row["labels"] for row in stream] == kept["labels"]
+    assert len(prepare_stepwise_dataset(data, tokenizer, max_length=40, bad_rows="drop")) == 1997
+    with pytest.raises(ValueError, match=r"\(row 1600, 1700, 2002\).*\(row 1203\).*\(row 1\).*bad_rows='drop'"):
+        _trainer(tmp_path, data=data, config={"bad_rows": "error", "max_length": 40})

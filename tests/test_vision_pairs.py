@@ -281,7 +281,21 @@ REFUSED = [  # (trainer, settings, words of the error)
     ("DPO", {"processing_class": tiny_tokenizer}, "has images .* is a plain tokenizer"),
     ("DPO", {"data": lambda: pairs().remove_columns("rejected")}, r"\['rejected'\] missing"),
     ("KTO", {"evaluation": lambda: judged().remove_columns("prompt")}, r"The eval dataset .*\['prompt'\] missing"),
+    (
+        "DPO",
+        {"data": lambda: _with(pairs(), "chosen", 3, None)},
+        r"Row 3 of the train dataset has no value in `chosen`",
+    ),
+    ("DPO", {"evaluation": lambda: _with(pairs(), "prompt", 5, None)}, "Row 5 of the eval dataset .* `dataset.filter"),
+    ("KTO", {"data": lambda: _with(judged(), "label", 2, None)}, "Row 2 of the train dataset has no value in `label`"),
+    ("KTO", {"data": lambda: _with(judged(), "label", 4, -1)}, "`label` holds -1 in row 4"),
 ]
+
+
+def _with(data: Dataset, column: str, row: int, value) -> Dataset:
+    """The dataset with another value at one place (labels as numbers)."""
+    values = [int(v) if isinstance(v, bool) else v for v in data[column]]
+    return data.remove_columns(column).add_column(column, [*values[:row], value, *values[row + 1 :]])
 
 
 @pytest.mark.parametrize("kind, settings, message", REFUSED)
@@ -294,9 +308,9 @@ def test_what_images_do_not_go_with_is_refused(kind, settings, message, tmp_path
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"prompt": None}, "no value in prompt"),
+        ({"prompt": None}, "Row 1 of a batch with images has no value in prompt.*dataset.filter"),
         ({"rejected": None}, r"no value in \['rejected'\]"),
-        ({"chosen": 3}, "got {'chosen': 'int'}"),
+        ({"chosen": 3}, "Row 1 .*got {'chosen': 'int'}.*dataset.map"),
         ({}, "`max_length=3` cuts image tokens off"),
     ],
 )
@@ -305,3 +319,12 @@ def test_rows_that_cannot_be_used_are_named(change, message):
     first, second = pairs("text", 2)
     with pytest.raises(ValueError, match=message):
         VisionAnswerCollator(_loaded()[0], collator)([first, second | change])
+
+
+def test_labels_of_streams_and_lone_rows_are_not_taken_silently(tmp_path, caplog):
+    collator = VisionAnswerCollator(_loaded()[0], UnpairedCollator(kl=True, pad_token_id=0, flat=False))
+    rows = [row | {"label": label} for row, label in zip(judged("text", 2), (1, 5), strict=True)]
+    with pytest.raises(ValueError, match="`label` holds 5 in row 1; allowed are true"):
+        collator(rows)
+    make(fastalign, "KTO", tmp_path, data=judged(n=4))
+    assert "The last batch of 4 rows with `per_device_train_batch_size=3` has one row" in caplog.text

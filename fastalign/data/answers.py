@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +11,13 @@ import pyarrow as pa
 
 from fastalign import _native
 
-from .bad_rows import CUT, EMPTY, EQUAL, LONG_PROMPT, MISSING, NO_TOKENS, OTHER_PROMPT, TOO_LONG, UNUSABLE
+from .bad_rows import CUT, EMPTY, EQUAL, LONG_PROMPT, MISSING, NO_TOKENS, OTHER_PROMPT, TOO_LONG, UNUSABLE, lists_at
 from .encode import Encoder, row_settings
 from .formats import column_names, extract_prompt, is_conversational, maybe_convert_to_chatml
 from .masks import Tokens, bounds, common_prefix_lengths, flat_column
 
 PASSED = ("margin", "ref_chosen_logps", "ref_rejected_logps", "ref_logps", "ref_kl_logps")  # columns kept, fp32
-NOTES = ("problems", "row")  # columns beside those of the result: flags of `bad_rows`, and numbers of the rows
+KL_IDS = "kl_completion_ids"  # KTO's mismatched answers, which `ref_kl_logps` are of
 
 
 @dataclass
@@ -58,6 +58,7 @@ class AnswerTokenizer:
     def __call__(self, batch: Mapping[str, Any] | pa.Table, indices: list[int]) -> pa.Table:
         """Arrow table with as many rows as the batch, twice as many where pairs become unpaired."""
         problems = np.zeros(len(indices), np.int32)
+        given = self._given_columns(batch, indices, problems)
         wholes, starts = (self._given if self.kind == "tokens" else self._encoded)(batch, problems)
         used = np.flatnonzero(problems & UNUSABLE == 0)
         if len(wholes) > 1 and not self.unpaired:
@@ -66,20 +67,18 @@ class AnswerTokenizer:
         answers = [_part(tokens, start, None) for tokens, start in zip(wholes, starts, strict=True)]
         if self.bos_and_eos and self.kind != "tokens":
             prompts, answers = [self._with_bos(p) for p in prompts], [self._with_eos(a) for a in answers]
-        columns = {}
+        copies = len(wholes) if self.unpaired else 1
+        columns = {name: pa.concat_arrays([column] * copies) for name, column in given.items()}
         if self.unpaired:
             problems = np.tile(problems, len(wholes))
             used = np.concatenate([used + i * len(indices) for i in range(len(wholes))])
             prompts, answers = [Tokens.joined(prompts)], [Tokens.joined(answers)]
-            columns["label"] = self._labels(batch, problems)
+            if copies > 1:
+                columns["label"] = pa.array(np.repeat([True, False], len(indices)))
         answers = self._limited(prompts[0], answers, problems, used)
         names = ["completion"] if self.unpaired else self.answers
         for name, tokens in zip(["prompt", *names], [prompts[0], *answers], strict=True):
-            columns[f"{name}_ids"] = _lists(tokens, used, len(problems))
-        copies = len(problems) // max(len(indices), 1)
-        for name in PASSED:
-            if name in self.columns:
-                columns[name] = pa.array(_values(batch, name) * copies).cast(pa.float32())
+            columns[f"{name}_ids"] = lists_at(tokens, used, len(problems))
         columns["problems"] = pa.array(problems)
         columns["row"] = pa.array(np.tile(np.asarray(indices, np.int64), copies))
         return pa.table(columns)
@@ -91,7 +90,6 @@ class AnswerTokenizer:
         arrays = [_arrow(batch, name) for name in names if name]
         for array in arrays:
             problems[array.is_null().to_numpy(zero_copy_only=False)] |= MISSING
-        self._labels(batch, problems)
         there = pa.array(problems == 0)
         found = [Tokens(*flat_column(array.filter(there), "ids")) for array in arrays]
         if self.prompt is None:
@@ -107,8 +105,6 @@ class AnswerTokenizer:
         if self.sharegpt:
             prompts, *columns = ([_chatml(value) for value in column] for column in (prompts, *columns))
         self._mark_missing(prompts, columns, problems)
-        if self.unpaired and len(columns) == 1:
-            self._labels(batch, problems)
         if self.prompt is None and not self.whole:
             self._take_prompts(prompts, columns, problems)
         used = np.flatnonzero(problems & UNUSABLE == 0)
@@ -171,15 +167,25 @@ class AnswerTokenizer:
             for column in columns:
                 column[i] = column[i][len(prompt) :]
 
-    def _labels(self, batch: Any, problems: np.ndarray) -> pa.Array | None:
-        """Column `label` of the result, for `problems` of all its rows; rows without one are marked."""
-        if not self.unpaired:
-            return None
-        if len(self.answers) == 2:
-            return pa.array(np.repeat([True, False], len(problems) // 2))
-        labels = _arrow(batch, "label").cast(pa.bool_())
-        problems[labels.is_null().to_numpy(zero_copy_only=False)] |= MISSING
-        return labels.fill_null(False)
+    @property
+    def keeps_mismatched(self) -> bool:
+        """Whether given `ref_kl_logps` come with the answers that they are of."""
+        return self.unpaired and len(self.answers) == 1 and {"ref_kl_logps", KL_IDS} <= {*self.columns}
+
+    def _given_columns(self, batch: Any, indices: list[int], problems: np.ndarray) -> dict[str, pa.Array]:
+        """What the result takes as it is; rows without one of the values are marked."""
+        found = {}
+        if self.unpaired and len(self.answers) == 1:
+            found["label"] = pa.array(judgements(_values(batch, "label"), indices), pa.bool_())
+        for name in PASSED:
+            if name in self.columns:
+                found[name] = pa.array(_values(batch, name)).cast(pa.float32())
+        for name, column in found.items():
+            if name != "margin" or self.whole:  # others do not read it
+                problems[column.is_null(nan_is_null=True).to_numpy(zero_copy_only=False)] |= MISSING
+        if self.keeps_mismatched:
+            found[KL_IDS] = _arrow(batch, KL_IDS).cast(pa.list_(pa.int32()))
+        return found
 
     # Sequences to what fits
 
@@ -222,6 +228,19 @@ class AnswerTokenizer:
 
 def ids_column(columns: list[str], name: str) -> str | None:
     return next((found for found in (f"{name}_ids", f"{name}_input_ids") if found in columns), None)
+
+
+def judgements(values: list[Any], numbers: Iterable[int]) -> list[bool | None]:
+    """Values of `label`, of the rows `numbers`, as truth values. ValueError for other than true, false, 1, 0, null."""
+    found = []
+    for number, value in zip(numbers, values, strict=False):
+        if value is not None and value == value and value not in (0, 1):
+            raise ValueError(
+                f"Column `label` holds {value!r} in row {number}; allowed are true (a good completion) and false, or "
+                "1 and 0. Turn the column into these with `dataset.map`."
+            )
+        found.append(None if value is None or value != value else bool(value))
+    return found
 
 
 def _tokenizer(encoder: Encoder) -> Any:
@@ -291,10 +310,3 @@ def _equal(tokens: Tokens, other: Tokens) -> np.ndarray:
     found = [_gathered([rows], start, lengths[:, None]) for rows, start in zip((tokens, other), starts, strict=True)]
     same[same] = common_prefix_lengths(*found) == lengths
     return same
-
-
-def _lists(tokens: Tokens, used: np.ndarray, rows: int) -> pa.ListArray:
-    """A column of `rows` lists: those of `tokens` in the rows `used`, empty ones elsewhere."""
-    lengths = np.zeros(rows, np.int64)
-    lengths[used] = tokens.lengths
-    return pa.ListArray.from_arrays(pa.array(bounds(lengths).astype(np.int32)), pa.array(tokens.ids))

@@ -15,7 +15,7 @@ from transformers import ProcessorMixin
 
 logger = logging.getLogger(__name__)
 
-LAYOUT = 2  # counted up when the same input gives other columns or values
+LAYOUT = 3  # counted up when the same input gives other columns or values
 
 
 def tokenizer_hash(processing_class: Any) -> str:

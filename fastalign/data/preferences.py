@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from itertools import islice
-from typing import Any
+import logging
+from itertools import count, islice
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import ProcessorMixin
 
-from .answers import NOTES, PASSED, AnswerTokenizer, ids_column
-from .bad_rows import BadRows
-from .cache import preparation_fingerprint
+from .answers import KL_IDS, PASSED, AnswerTokenizer, ids_column, judgements
+from .bad_rows import prepare_rows
 from .formats import column_names, first_row, has_images
+
+logger = logging.getLogger(__name__)
+_STALE = (
+    "`ref_kl_logps` are of other mismatched answers than those of `per_device_train_batch_size={}` and this order of "
+    "the rows (the column `kl_completion_ids` says of which)."
+)
 
 
 def prepare_preference_dataset(
@@ -102,78 +106,48 @@ def prepare_reward_dataset(
 def rotate_completions(dataset: Dataset | IterableDataset, batch_size: int) -> Dataset | IterableDataset:
     """Add `kl_completion_ids`: of every `batch_size` rows in order, each gets the completion of the one before it.
 
-    The first gets that of the last. These mismatched pairs estimate KTO's KL term, arXiv:2402.01306 Sec. 4.1.
+    The first gets that of the last. These mismatched pairs estimate KTO's KL term, arXiv:2402.01306 Sec. 4.1. A column
+    `ref_kl_logps` stays where the dataset has the same `kl_completion_ids` already; else it is removed, with a warning
+    (of a stream: ValueError at the batch that has others).
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
     rows = max(1000 // batch_size, 1) * batch_size
+    scored, given = (name in column_names(dataset) for name in ("ref_kl_logps", KL_IDS))
+    checked = scored and given and isinstance(dataset, IterableDataset)
 
     def rotate(table: pa.Table) -> pa.Table:
         index = np.arange(len(table)) - 1
         starts = np.arange(0, len(table), batch_size)
         index[starts] = np.minimum(starts + batch_size, len(table)) - 1
         column = table["completion_ids"].take(pa.array(index))
-        return table.append_column("kl_completion_ids", column)
+        if checked and not column.equals(table[KL_IDS]):
+            raise ValueError(f"The stream's {_STALE.format(batch_size)} Remove the column `ref_kl_logps`.")
+        return (table.drop_columns([KL_IDS]) if given else table).append_column(KL_IDS, column)
 
-    features = dataset.features and Features(dataset.features | {"kl_completion_ids": List(Value("int32"))})
+    features = dataset.features and Features(dataset.features | {KL_IDS: List(Value("int32"))})
     options: Any = {"desc": "Pairing prompts with other completions"} if isinstance(dataset, Dataset) else {}
     result = dataset.with_format("arrow").map(rotate, batched=True, batch_size=rows, features=features, **options)
-    return result.with_format(None)
+    result = result.with_format(None)
+    if not scored or checked or (given and _alike(dataset, result)):
+        return result
+    logger.warning("%s It is left out.", _STALE.format(batch_size))
+    return result.remove_columns(["ref_kl_logps"])
+
+
+def _alike(dataset: Any, other: Any) -> bool:
+    """Whether two datasets of as many rows have the same `kl_completion_ids`."""
+    parts = (part.select_columns([KL_IDS]).with_format("arrow").iter(1000) for part in (dataset, other))
+    return all(first[KL_IDS].equals(second[KL_IDS]) for first, second in zip(*parts, strict=True))
 
 
 def _run(dataset, step: AnswerTokenizer, num_proc: int | None, name: str, bad_rows: str):
-    report = BadRows(bad_rows, name, step.max_length)
     names = ("completion",) if step.unpaired else step.answers
-    features = {f"{column}_ids": List(Value("int32")) for column in ("prompt", *names)}
+    lists = [f"{column}_ids" for column in ("prompt", *names)] + [KL_IDS] * step.keeps_mismatched
+    features = {column: List(Value("int32")) for column in lists}
     features |= {"label": Value("bool")} if step.unpaired else {}
     features |= {column: Value("float32") for column in PASSED if column in step.columns}
-    if isinstance(dataset, IterableDataset):
-        return dataset.with_format(None).map(
-            _Streamed(step, report),
-            batched=True,
-            with_indices=True,
-            remove_columns=step.columns,
-            features=Features(features),
-        )
-    options = {k: v for k, v in vars(step).items() if k not in ("encoder", "columns")}
-    options["chat_template"] = step.encoder.chat_template
-    result = dataset.with_format("arrow").map(
-        step,
-        batched=True,
-        with_indices=True,
-        num_proc=num_proc,
-        remove_columns=step.columns,
-        features=Features(features | {"problems": Value("int32"), "row": Value("int64")}),
-        new_fingerprint=preparation_fingerprint(dataset, step.encoder.processing_class, options),
-        desc=f"Tokenizing {name} dataset",
-    )
-    notes = result.with_format("numpy", columns=[*NOTES])[:]
-    problems, numbers = notes["problems"], notes["row"]
-    report.report(problems, numbers)
-    report.report_cut(problems)
-    keep = report.keep(problems)
-    if not keep.any():
-        raise ValueError(
-            f"No row of the {name} dataset can be used ({len(dataset)} rows; what is wrong with them is in the log)."
-        )
-    result = result.with_format(None).remove_columns([*NOTES])
-    return result if keep.all() else result.select(np.flatnonzero(keep))
-
-
-@dataclass
-class _Streamed:
-    """Rows of a stream, without the bad ones; each reason is logged for the batch that has it first."""
-
-    step: AnswerTokenizer
-    report: BadRows
-    reported: int = 0
-
-    def __call__(self, batch: Mapping[str, Any], indices: list[int]) -> dict[str, list]:
-        table = self.step(batch, indices)
-        problems = table["problems"].to_numpy()
-        self.report.report(problems & ~self.reported, table["row"].to_numpy(), " so far; said once per reason")
-        self.reported |= int(np.bitwise_or.reduce(problems, initial=0))
-        return table.drop_columns([*NOTES]).filter(pa.array(self.report.keep(problems))).to_pydict()
+    return prepare_rows(dataset, step, features, num_proc, name, bad_rows)
 
 
 # Datasets and rows
@@ -199,7 +173,10 @@ def _check_dataset(dataset: Any, processing_class: Any, name: str) -> None:
 
 
 def check_image_dataset(dataset: Dataset | IterableDataset, answers: tuple[str, ...], name: str) -> None:
-    """ValueError where rows with images lack one of the columns `answers`, or the prompt of a judged completion."""
+    """ValueError where rows with images lack one of the columns `answers`, or the prompt of a judged completion.
+
+    Of a dataset also for a row without a value in one of them, whose number it names, and for labels that are none.
+    """
     row = first_row(dataset, name)
     needed = answers if "chosen" in answers else ("prompt", *answers)
     if missing := [column for column in needed if column not in row]:
@@ -207,6 +184,20 @@ def check_image_dataset(dataset: Dataset | IterableDataset, answers: tuple[str, 
             f"The {name} dataset has the columns {sorted(row)}; {missing} missing. With images it needs "
             f"{', '.join(needed)} as texts or lists of messages, not as tokens."
         )
+    if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":
+        return
+    texts = dataset.select_columns([c for c in dict.fromkeys(("prompt", *needed)) if c in row]).with_format("arrow")
+    start, table = 0, cast(Any, None)
+    for table in texts.iter(1000):
+        for column in table.column_names:
+            if (missing := np.flatnonzero(table[column].is_null().to_numpy())).size:
+                raise ValueError(
+                    f"Row {start + missing[0]} of the {name} dataset has no value in `{column}`. Leave such rows out: "
+                    f"`dataset.filter(lambda value: value is not None, input_columns={column!r})`."
+                )
+        if "label" in needed:
+            judgements(table["label"].to_pylist(), count(start))
+        start += len(table)
 
 
 def _sample(dataset: Any, answers: tuple[str, ...], name: str) -> dict[str, Any]:

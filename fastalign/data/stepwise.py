@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from itertools import chain
+from dataclasses import dataclass, replace
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, List, Value
 from fastalign_kernels.losses.reward import step_labels
 
+from .bad_rows import CUT, EMPTY_STEP, MISSING, NO_LABEL, NO_TOKENS, UNEVEN, UNUSABLE, lists_at, prepare_rows
 from .batch import TokenBatch, name_read
 from .collate import collate_flat, collate_padded
 from .columns import read_rows
 from .encode import Encoder
 from .formats import column_names, first_row
 from .masks import IGNORED, Rows, Tokens, bounds
-from .tokenize import run_tokenizer, values_of
+from .tokenize import values_of
 
 
 def prepare_stepwise_dataset(
@@ -32,13 +33,14 @@ def prepare_stepwise_dataset(
     last_step_only: bool = False,
     num_proc: int | None = None,
     name: str = "train",
+    bad_rows: str = "keep",
 ) -> Dataset | IterableDataset:
     """Tokenize `prompt` (text), `completions` (texts of steps) and `labels` (one per step): `input_ids` and `labels`.
 
     A sequence is the BOS token (where the tokenizer has one), the prompt, and each step with the separator behind it;
     its label stands at the separator's last token, all others are -100. Texts get no special tokens. Completions are
     cut to `max_completion_length`, then sequences to `max_length`, in tokens; rows without a label left are dropped.
-    Rows that have `input_ids` are left as they are. ValueError for other data.
+    `bad_rows` is one of `bad_rows.RULES`. Rows that have `input_ids` are left as they are. ValueError for other data.
     """
     columns = column_names(dataset)
     if "input_ids" in columns:
@@ -53,22 +55,15 @@ def prepare_stepwise_dataset(
     encoder = Encoder(processing_class, None)
     separator = encoder.texts([step_separator], special_tokens=False).ids
     bos = getattr(processing_class, "tokenizer", processing_class).bos_token_id
-    step = StepTokenizer(
-        encoder,
-        [] if bos is None else [bos],
-        separator,
-        last_step_only,
-        max_length,
-        max_completion_length,
-        columns,
-        name,
-    )
-    return run_tokenizer(dataset, step, num_proc)
+    begin = [] if bos is None else [bos]
+    step = StepTokenizer(encoder, begin, separator, last_step_only, max_length, max_completion_length, columns)
+    features = {column: List(Value("int32")) for column in ("input_ids", "labels")}
+    return prepare_rows(dataset, step, features, num_proc, name, bad_rows)
 
 
 @dataclass
 class StepTokenizer:
-    """Turns a batch of raw rows into `Rows`; called by `Dataset.map`."""
+    """Turns a batch of raw rows into `input_ids`, `labels` and the notes of `bad_rows`; called by `Dataset.map`."""
 
     encoder: Encoder
     begin: list[int]  # the BOS token, where there is one
@@ -77,32 +72,38 @@ class StepTokenizer:
     max_length: int | None  # tokens
     max_completion_length: int | None  # tokens
     columns: list[str]
-    name: str
-    kind: str = "stepwise"
-    formatting_func: None = None
-    counts: dict[str, int] = field(default_factory=lambda: {"truncated": 0})
 
-    def __call__(self, batch: Mapping[str, Any] | pa.Table) -> pa.Table:
-        """Arrow table with the columns `input_ids` and `labels`."""
-        prompts, completions, labels = (values_of(batch, name) for name in ("prompt", "completions", "labels"))
-        self._check(prompts, completions, labels)
-        alone = self._texts(prompts)
-        steps = self._texts(list(chain.from_iterable(completions)))
-        made, number = [], 0
-        for prompt, row, judged in zip(alone, completions, labels, strict=True):
-            made.append(self._sequence(prompt, steps[number : number + len(row)], judged))
-            number += len(row)
-        lengths = np.array([len(ids) for ids, _ in made], np.int64)
-        ids, marks = (np.concatenate([np.zeros(0, np.int32), *part]) for part in zip(*made, strict=True))
-        rows = Rows(ids, marks.astype(np.int32), lengths)
+    def __call__(self, batch: Mapping[str, Any] | pa.Table, indices: list[int]) -> pa.Table:
+        """Arrow table with as many rows as the batch."""
+        given = zip(*(values_of(batch, name) for name in ("prompt", "completions", "labels")), strict=True)
+        raw = [(row, self._problem(*row)) for row in given]
+        problems = np.array([problem for _, problem in raw], np.int32)
+        used = np.flatnonzero(problems & UNUSABLE == 0)
+        kept = [row for row, problem in raw if not problem & UNUSABLE]
+        prompts = self._texts([prompt for prompt, _, _ in kept])
+        steps = iter(self._texts([*chain.from_iterable(steps for _, steps, _ in kept)]))
+        made = [
+            self._sequence(prompt, list(islice(steps, len(judged))), judged)
+            for prompt, (_, _, judged) in zip(prompts, kept, strict=True)
+        ]
+        ids, marks = (np.concatenate([np.zeros(0, np.int32), *(pair[i] for pair in made)]) for i in range(2))
+        rows = Rows(ids, marks.astype(np.int32), np.array([len(sequence) for sequence, _ in made], np.int64))
         if self.max_length is not None:
-            self.counts["truncated"] += int((lengths > self.max_length).sum())
+            problems[used] |= CUT * (rows.lengths > self.max_length)
             rows = rows.truncated(self.max_length, "keep_start")
-        return rows.take(rows.scored()).table()
+        problems[used] |= NO_LABEL * ~rows.scored()
+        columns = {"input_ids": rows.ids, "labels": rows.labels}
+        table = {name: lists_at(Tokens(v, rows.lengths), used, len(problems)) for name, v in columns.items()}
+        return pa.table(table | {"problems": pa.array(problems), "row": pa.array(indices, pa.int64())})
 
-    def lists(self, batch: Mapping[str, Any]) -> dict[str, list]:
-        """The same as lists, which streams want."""
-        return self(batch).to_pydict()
+    def _problem(self, prompt: Any, steps: Any, judged: Any) -> int:
+        """Flags of a raw row."""
+        lists = isinstance(steps, list) and isinstance(judged, list)
+        if not isinstance(prompt, str) or not lists or None in judged or not all(isinstance(s, str) for s in steps):
+            return MISSING
+        if len(steps) != len(judged):
+            return UNEVEN
+        return 0 if all(steps) else EMPTY_STEP if len(self.separator) else NO_TOKENS
 
     def _texts(self, texts: list[str]) -> list[np.ndarray]:
         tokens = self.encoder.texts(texts, special_tokens=False) if texts else Tokens.of([])
@@ -117,19 +118,6 @@ class StepTokenizer:
         labels = step_labels(ends, judged, prompt_length=start, last_step_only=self.last_step_only).numpy()
         limit = None if self.max_completion_length is None else start + self.max_completion_length
         return np.concatenate(ids)[:limit], labels[:limit]
-
-    def _check(self, prompts: list, completions: list, labels: list) -> None:
-        for i, (prompt, steps, judged) in enumerate(zip(prompts, completions, labels, strict=True)):
-            if not isinstance(prompt, str) or not isinstance(steps, list) or not isinstance(judged, list):
-                raise ValueError(
-                    f"Row {i} of a batch of the {self.name} dataset must have a text `prompt` and lists `completions` "
-                    f"and `labels`, found {type(prompt).__name__}, {type(steps).__name__}, {type(judged).__name__}."
-                )
-            if len(steps) != len(judged) or None in steps or None in judged:
-                raise ValueError(
-                    f"A row of the {self.name} dataset has {len(steps)} `completions` and {len(judged)} `labels`; "
-                    f"give one label per step (row {i} of its batch, prompt {prompt[:80]!r})."
-                )
 
 
 class StepCollator:

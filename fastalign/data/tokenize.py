@@ -88,7 +88,7 @@ def prepare_sft_dataset(
         columns=columns,
         name=name,
     )
-    return run_tokenizer(dataset, step, num_proc)
+    return _run(dataset, step, num_proc)
 
 
 def _kind(row: dict[str, Any], text_column: str, formatting_func: Callable | None) -> str:
@@ -249,8 +249,8 @@ def values_of(batch: Mapping[str, Any] | pa.Table, name: str) -> list[Any]:
     return column.to_pylist() if isinstance(column, pa.ChunkedArray) else list(column)
 
 
-def run_tokenizer(dataset: Dataset | IterableDataset, step: Any, num_proc: int | None) -> Dataset | IterableDataset:
-    """The dataset through `step`, an SFTTokenizer or another dataclass with its fields and methods; cached."""
+def _run(dataset: Dataset | IterableDataset, step: SFTTokenizer, num_proc: int | None) -> Dataset | IterableDataset:
+    """The dataset through `step`; cached."""
     features = Features({column: List(Value("int32")) for column in ("input_ids", "labels")})
     if isinstance(dataset, IterableDataset):
         return dataset.with_format(None).map(step.lists, batched=True, remove_columns=step.columns, features=features)
@@ -271,7 +271,7 @@ def run_tokenizer(dataset: Dataset | IterableDataset, step: Any, num_proc: int |
     return result
 
 
-def _check_result(result: Dataset, step: Any, rows: int) -> None:
+def _check_result(result: Dataset, step: SFTTokenizer, rows: int) -> None:
     """Log what was cut and dropped. ValueError when no token is left to learn from."""
     dropped = rows - len(result)
     if step.counts["truncated"] or dropped:

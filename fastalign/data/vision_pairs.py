@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .answers import judgements
 from .batch import TokenBatch
 from .chat import apply_chat_template
 from .encode import row_settings
@@ -37,7 +38,7 @@ class VisionAnswerCollator:
         collator.vocab_size = None  # models give the image token an embedding that is not in the table
 
     def __call__(self, rows: list[dict[str, Any]]) -> TokenBatch:
-        rows = [self._texts(row) for row in image_rows(rows)]
+        rows = [self._texts(row, number) for number, row in enumerate(image_rows(rows))]
         options = {"padding": True, "padding_side": "right", "return_tensors": "pt", "add_special_tokens": False}
         prompts = self.processor(images=images_of(rows), text=[row["prompt"] for row in rows], **options)
         texts = [row[name] for name in self.columns[1:] for row in rows]
@@ -46,6 +47,8 @@ class VisionAnswerCollator:
         if MISMATCHED in self.answers:
             taken = torch.cat([taken, taken.roll(1, 1)])
         columns = {name: [row[name] for row in rows] for name in self.collator.extras if name in rows[0]}
+        if "label" in columns:
+            columns["label"] = judgements(columns["label"], range(len(rows)))
         columns["prompt_ids"], ids = _id_lists(prompts), _id_lists(answers)
         for name, places in zip(self.answers, taken.tolist(), strict=True):
             columns[f"{name}_ids"] = [ids[place] for place in places]
@@ -54,12 +57,15 @@ class VisionAnswerCollator:
         self._check_images(batch, prompts)
         return replace(batch, model_inputs=self._model_inputs(prompts, answers, taken))
 
-    def _texts(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The row with texts for its messages."""
+    def _texts(self, row: dict[str, Any], number: int) -> dict[str, Any]:
+        """The row, of this number in its batch, with texts for its messages."""
         missing = [name for name in self.columns[1:] if row.get(name) is None]
         row |= {} if missing else maybe_extract_prompt(row)
         if missing or row.get("prompt") is None:
-            raise ValueError(f"A row with images has no value in {missing or 'prompt'}; it has {sorted(row)}.")
+            raise ValueError(
+                f"Row {number} of a batch with images has no value in {missing or 'prompt'}; it has {sorted(row)}. "
+                "Leave such rows out with `dataset.filter`."
+            )
         if is_conversational(row):
             [settings] = row_settings(1, [row.get("tools")], [row.get("chat_template_kwargs")]) or [{}]
             messages = {name: prepare_multimodal_messages(row[name]) for name in self.columns[1:]}
@@ -67,7 +73,10 @@ class VisionAnswerCollator:
             row |= apply_chat_template(messages, self.processor, **settings)
         if others := [name for name in self.columns if not isinstance(row[name], str)]:
             found = {name: type(row[name]).__name__ for name in others}
-            raise ValueError(f"A row with images needs texts or lists of messages in {self.columns}, got {found}.")
+            raise ValueError(
+                f"Row {number} of a batch with images needs texts or lists of messages in {self.columns}, got {found}"
+                ". Mend such rows with `dataset.map`, or leave them out with `dataset.filter`."
+            )
         return row
 
     def _model_inputs(self, prompts: Any, answers: Any, taken: Tensor) -> dict[str, Tensor]:

@@ -124,6 +124,8 @@ class KTOTrainer(GivenDataTrainer):
         dataset = prepare_judged(self, dataset, name)
         if training and isinstance(dataset, Dataset):
             _check_weights(np.asarray(dataset.select_columns(["label"]).with_format("numpy")["label"]), args)
+            if args.estimates_kl and not args.dataloader_drop_last:
+                _check_last_batch(len(dataset), args.per_device_train_batch_size)
         if not args.estimates_kl or self.has_images:
             return dataset
         return rotate_completions(dataset, args.per_device_train_batch_size)
@@ -183,6 +185,17 @@ class KTOTrainer(GivenDataTrainer):
         self.metrics.mean("kl", 0.0 if found.result.baseline is None else found.result.baseline)
         record_unpaired(self, inputs, found.result)
         return with_outputs(model, inputs, loss, return_outputs)
+
+
+def _check_last_batch(num_rows: int, batch_size: int) -> None:
+    """Warn where it has one row."""
+    if num_rows % batch_size == 1:
+        logger.warning(
+            "The last batch of %d rows with `per_device_train_batch_size=%d` has one row, whose mismatched answer is "
+            "its own: there the KL term is its own reward. Set `dataloader_drop_last=True`, or another batch size.",
+            num_rows,
+            batch_size,
+        )
 
 
 def _check_weights(labels: np.ndarray, args: KTOConfig) -> None:

@@ -13,6 +13,7 @@ from transformers import AutoModelForTokenClassification, EvalPrediction
 
 from ..config import AlignConfig, arg
 from ..config_groups import LoadArgs, RowArgs
+from ..data.bad_rows import RULES
 from ..data.batch import TokenBatch
 from ..data.stepwise import StepCollator, prepare_stepwise_dataset
 from ..given_data import GivenDataTrainer, passed_on
@@ -33,6 +34,12 @@ class PRMConfig(RowArgs, LoadArgs, AlignConfig):
     )
     disable_dropout: bool = arg(True, "Switch dropout off in the model.")
     step_separator: str = arg("\n", "Text behind every step; the step's label stands at its last token.")
+    bad_rows: str = arg(
+        "keep",
+        "Rows with a step that says nothing: keep (and name them in the log), drop, or error. Rows that cannot be "
+        "used (a value is missing, max_length leaves no label) are dropped, or an error.",
+        choices=[*RULES],
+    )
     train_on_last_step_only: bool = arg(False, "Learn from each answer's last label only; evaluation scores all.")
 
     def __post_init__(self):
@@ -113,6 +120,7 @@ class PRMTrainer(GivenDataTrainer):
             last_step_only=args.train_on_last_step_only and training,
             num_proc=args.dataset_num_proc,
             name=name,
+            bad_rows=args.bad_rows,
         )
 
     def make_collator(self) -> StepCollator:
