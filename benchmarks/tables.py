@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- measurements: written by benchmarks/tables.py -->", "<!-- end of measurements -->"
 OURS = "fastalign"
 MORE_IS_BETTER = ("/s",)
+INTERVAL = "; p20, p80: 95 % interval"  # shapes that end so have the bounds of an interval there, not of repetitions
 KERNELS = ("linear_", "add_rms_norm", "swiglu", "rope", "embedding", "packed_attention", "prefix_attention")
 PAGES = {"README.md": ("", ""), "docs/kernels.md": ("../", KERNELS)}  # page -> way to the root, how ops on it begin
 CASE = ("op", "mode", "shape", "dtype", "device", "unit")
@@ -65,9 +66,13 @@ def table(rows: list[dict], root: str = "") -> str:
                 times.append(f"{float(row['peak_bytes']) / float(memory):.1f}x the memory")
             if name != OURS:
                 others.append(f"{name} {number(other)}" + (f" ({', '.join(times)})" if times else ""))
+        unit_and_more = unit
+        if shape.endswith(INTERVAL):
+            shape = shape.removesuffix(INTERVAL)
+            unit_and_more += f" (95 % interval {number(float(mine['p20']))} to {number(float(mine['p80']))})"
         case = " ".join(filter(None, (mode, shape, dtype)))
         link = f"[{device}]({root}benchmarks/results/{mine['file']})"
-        lines.append(f"| {op} | {case} | {number(own)} {unit} | {', '.join(others)} | {link} |")
+        lines.append(f"| {op} | {case} | {number(own)} {unit_and_more} | {', '.join(others)} | {link} |")
     if not lines:
         return "No measurements yet: `fastalign bench` in a checkout makes them."
     head = "| what | case | fastalign | others (how many times better fastalign is) | machine |\n|---|---|---|---|---|"

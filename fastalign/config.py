@@ -42,7 +42,9 @@ class AlignConfig(TrainingArguments):
     token_budget: int | None = arg(
         None,
         "Tokens in a micro-batch: the examples of an optimizer step are regrouped, longest first, so that none "
-        "exceeds it. The loss is unchanged. Unset: per_device_train_batch_size examples.",
+        "exceeds it. Losses that are means over tokens or rows stay what they are; means within a micro-batch, such "
+        "as the NLL terms of preference losses and logged values, are those of the new ones. Unset: "
+        "per_device_train_batch_size examples.",
     )
     kernel_backend: str = arg(
         "auto",

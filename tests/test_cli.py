@@ -182,6 +182,9 @@ def test_table_of_measurements(tmp_path):
         row("pack", "fastalign", 0.0801, "s", "2026-01-02", shape="100k"),
         row("pack", "trl", 4, "s", "2026-01-02", shape="100k"),
         row("other", "trl", 4, "s", "2026-01-02", shape="100k"),
+        row(
+            "accuracy", "fastalign", 70.4, "%", "2026-01-03", shape="9; p20, p80: 95 % interval", p20=66.56, p80=73.96
+        ),
     ]
     (tmp_path / "cpu.json").write_text(json.dumps(rows))
     link = "[CPU](benchmarks/results/cpu.json)"
@@ -189,6 +192,7 @@ def test_table_of_measurements(tmp_path):
     assert text.splitlines()[2:] == [
         f"| sft | packed B=8 float32 | 3,500 tokens/s | trl 1,000 (3.5x, 4.0x the memory) | {link} |",
         f"| pack | 100k | 0.0801 s | trl 4 (49.9x) | {link} |",
+        f"| accuracy | 9 | 70.4 % (95 % interval 66.6 to 74) |  | {link} |",
     ]
     page = f"a\n{tables.BEGIN}\nold\n{tables.END}\nb\n"
     assert tables.with_table(page, "new") == page.replace("old", "new")

@@ -190,6 +190,10 @@ def test_module_holds_the_settings():
         ignore_index=3,
     )
     assert torch.equal(module(hidden, weight, targets, bias), expected)
+    assert torch.equal(module(hidden, weight, targets, bias=bias, z_loss=0.01), expected)  # given again
+    plain = fk.linear_cross_entropy(hidden, weight, targets, temperature=0.7, class_weights=class_weights)
+    found = module(hidden, weight, targets, temperature=0.7, label_smoothing=0.0, z_loss=0.0, ignore_index=-100)
+    assert torch.equal(found, plain)
     assert "z_loss=0.01" in repr(module) and list(module.state_dict()) == ["class_weights"]
     h, t = hidden.flatten(0, 1), targets.flatten()
     modules = {
@@ -216,6 +220,10 @@ def test_module_holds_the_settings():
         ({"class_weights": torch.ones(V - 1)}, r"give \(41,\), one per row"),
         ({"class_weights": torch.ones(V), "label_smoothing": 0.1, "softcap": 9.0}, "leave one of the three out"),
         ({"temperature": torch.ones(B)}, r"give a number or \(3, 9\)"),
+        ({"temperature": torch.tensor(1.0, requires_grad=True)}, r"gets none here: pass temperature.detach\(\)"),
+        ({"temperature": torch.tensor(-1.0)}, "temperature holds -1.0: give positive numbers"),
+        ({"class_weights": torch.ones(V, requires_grad=True)}, "class_weights requires a gradient"),
+        ({"class_weights": torch.ones(V, device="meta")}, "class_weights is on meta, hidden on cpu: move one"),
         ({"low_rank": (torch.ones(B * L, 2), torch.ones(V, 2))}, r"low_rank\[0\]"),
     ],
 )
@@ -225,3 +233,45 @@ def test_errors_name_what_is_wrong(settings, message):
         fk.linear_cross_entropy(hidden, weight, targets, **settings)
     with pytest.raises(ValueError, match="one per hidden state"):
         fk.linear_cross_entropy(hidden, weight, targets[:2])
+
+
+def test_a_module_names_the_setting_that_it_does_not_have():
+    for make, message in (
+        (
+            lambda: fk.LinearCrossEntropyLoss(lable_smoothing=0.1),
+            "no setting 'lable_smoothing': did you mean 'label_sm",
+        ),
+        (lambda: fk.LinearPreferenceLoss(betta=1), "no setting 'betta': did you mean 'beta'"),
+        (lambda: fk.LinearPreferenceLoss(loss="orpo", simpo_gamma=1.0), "no setting 'simpo_gamma'; it takes average"),
+        (lambda: fk.LinearPolicyLoss(epsilon_hi=1.0), "did you mean 'epsilon_high'"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            make()
+    with pytest.raises(ValueError, match="loss='dppo': choose among dpo, cpo, orpo, tpo"):
+        fk.LinearPreferenceLoss(loss="dppo")
+    assert fk.LinearPreferenceLoss(loss=lambda c, r, scale: c - r, scale=2.0).settings["scale"] == 2.0
+
+
+def test_a_constant_and_another_device_are_named_by_every_op():
+    hidden, weight, _, targets = problem()
+    hidden, targets = hidden.flatten(0, 1), targets.flatten().clamp(min=0)
+    wanted = torch.ones((), requires_grad=True)
+    for op in (
+        fk.linear_logprobs,
+        lambda h, w, t, temperature: fk.selective_log_softmax(h @ w.t(), t, temperature=temperature),
+    ):
+        with pytest.raises(ValueError, match=r"pass temperature.detach\(\)"):
+            op(hidden, weight, targets, temperature=wanted)
+        with torch.no_grad():
+            assert torch.equal(
+                op(hidden, weight, targets, temperature=wanted), op(hidden, weight, targets, temperature=1.0)
+            )
+    with pytest.raises(ValueError, match=r"form\.temperature requires a gradient"):
+        fk.deferred(hidden, weight, targets, form=fk.LogitForm(temperature=wanted))
+    with pytest.raises(ValueError, match=r"form\.temperature holds -2\.0"):
+        fk.stats(hidden, weight, targets, form=fk.LogitForm(temperature=-2 * wanted))
+    for op in (fk.linear_logprobs, fk.linear_cross_entropy, fk.stats):
+        with pytest.raises(ValueError, match="weight is on meta, hidden on cpu: move one of them"):
+            op(hidden, weight.to("meta"), targets)
+        with pytest.raises(ValueError, match="targets is on meta, hidden on cpu"):
+            op(hidden, weight, targets.to("meta"))

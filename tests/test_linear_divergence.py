@@ -10,6 +10,7 @@ from fastalign_kernels.head.divergence import (
     linear_divergence,
     linear_divergence_reference,
     linear_topk_divergence,
+    linear_topk_divergence_reference,
     row_divergence,
 )
 from fastalign_kernels.head.token_stats import LogitForm
@@ -138,6 +139,7 @@ def test_topk_equals_trl(add_tail):
         exact = topk_divergence(
             torch.log_softmax(h @ w.t(), -1).gather(1, indices), values, divergence, 0.3, add_tail=add_tail
         )
+        assert torch.equal(linear_topk_divergence_reference(h, w, values, indices, **options), exact)
         assert torch.allclose(stats.divergence, exact.detach(), atol=1e-12)
         found, theirs = torch.autograd.grad(loss, (h, w)), torch.autograd.grad((exact * weights).sum(), (h, w))
         assert all(torch.allclose(x, y, atol=1e-12) for x, y in zip(found, theirs, strict=True))

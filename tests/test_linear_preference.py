@@ -10,6 +10,7 @@ from fastalign_kernels.head.preference import (
     linear_preference_loss,
     linear_preference_loss_reference,
     linear_unpaired_loss,
+    linear_unpaired_loss_reference,
 )
 from fastalign_kernels.head.stats import stats
 from fastalign_kernels.head.token_stats import LogitForm
@@ -254,11 +255,17 @@ def test_unpaired_losses(dtype, chunk):
             bco_loss(logps, refs, labels, running_mean(torch.tensor(0.5), torch.tensor(4.0), 0.1 * (logps - refs))[0],
                      undesirable_weights=weights),
         ),
+        ({"baseline": 0.3}, kto_loss(logps, refs, labels, kl.to(dtype).new_tensor(0.3))),
     ):  # fmt: skip
         found = linear_unpaired_loss(hidden, weight, targets, rows, labels, **shared, **own)
         assert_same(found.loss, expected.losses.mean(), (hidden, weight), (h, w), dtype)
         assert torch.allclose(found.losses.double(), expected.losses.detach(), rtol=1e-5)
         assert torch.allclose(found.rewards.double(), expected.rewards, rtol=1e-4, atol=1e-6)
+    specified = linear_unpaired_loss_reference(
+        h, w, targets, rows, labels, fn=functools.partial(kto_loss, kl=kl), ref_logp=ref_logp.double()
+    )
+    found = linear_unpaired_loss(hidden, weight, targets, rows, labels, baseline=kl, **shared)
+    assert_same(found.loss, specified, (hidden, weight), (h, w), dtype)
     assert len(calls) == 1 and not calls[0].requires_grad
     with pytest.raises(TypeError, match="undesirable_weights"):  # BCO's own
         linear_unpaired_loss(hidden, weight, targets, rows, labels, **shared, baseline=kl, undesirable_weights=weights)
@@ -328,6 +335,9 @@ def test_divisors_let_micro_batches_add_up():
         ({"reference": ReferenceHead(torch.zeros(1, 1), torch.zeros(1, 1))}, "both given"),
         ({"loss_type": "sigmod"}, "choose among sigmoid"),
         ({"scored": torch.ones(3)}, "one per token"),
+        ({"average_log_prob": True, "loss_type": ["sigmoid", "ipo"]}, r"with loss_type \['ipo'\], which divide sums"),
+        ({"loss_type": "ipo", "beta": 0.0}, "beta=0 with ipo, which aims at a margin"),
+        ({"ref_logps": [0.0] * 10}, r"ref_logps is a list: give a tensor \(10,\)"),
     ],
 )
 def test_errors(change, message):
@@ -339,5 +349,7 @@ def test_errors(change, message):
         linear_unpaired_loss(
             hidden, weight, targets, rows, torch.ones(10, dtype=torch.bool), ref_logps=torch.zeros(10)
         )
+    with pytest.raises(TypeError, match="missing 4 required positional arguments: 'hidden'"):
+        linear_preference_loss()
     with pytest.raises(ValueError, match="the answer of each token"):
         linear_preference_loss(hidden, weight, targets, rows[1:], **settings)

@@ -113,7 +113,11 @@ def test_extreme_log_probabilities_give_no_nan(size):
         losses = preference_loss(logps[0], logps[1], torch.zeros(6), torch.zeros(6), **settings).losses
         losses.sum().backward()
         assert losses.isfinite().all() and logps.grad.isfinite().all() and (size or (losses == 25).all())
-    for fn in (orpo_loss, lambda c, r: cpo_loss(c, r, loss_type="ipo", alpha=0.25), lambda c, r: cpo_loss(c, r, loss_type="alphapo", alpha=0.25)):
+    for fn in (
+        orpo_loss,
+        lambda c, r: cpo_loss(c, r, loss_type="ipo", alpha=0.25),
+        lambda c, r: cpo_loss(c, r, loss_type="alphapo", alpha=0.25),
+    ):
         logps = (-size * signs.abs()).requires_grad_()
         losses = fn(logps[0], logps[1]).losses
         losses.sum().backward()

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from fastalign_kernels.head.deferred import deferred
 from fastalign_kernels.head.fused import fused
+from fastalign_kernels.head.operands import check_constant, check_devices
 from fastalign_kernels.head.positions import Scored, scored_positions
 from fastalign_kernels.head.rows import _form_logits
 from fastalign_kernels.head.token_stats import LogitForm, TokenStats
@@ -186,6 +187,8 @@ def linear_cross_entropy(
     reduction "none" break it. ValueErrors.
     """
     _check(reduction, label_smoothing, dft, class_weights, weight, softcap is not None)
+    check_constant("class_weights", class_weights)
+    check_constant("temperature", temperature)
     if class_weights is not None and shard is not None:
         raise ValueError("class_weights with shard: give per-token weights to a loss function of `fused` instead")
     form = LogitForm(logit_scale, softcap, temperature)
@@ -196,6 +199,7 @@ def linear_cross_entropy(
         return custom_ops.linear_cross_entropy(hidden, weight, targets, class_weights, form, settings, bias, chunk)
     weight, bias = whole(weight, "weight"), whole(bias, "bias")
     scored = scored_positions(hidden, targets, form, low_rank, ignore_index)
+    check_devices(hidden=hidden, weight=weight, class_weights=class_weights)
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     weights = None if class_weights is None else class_weights.detach().to(wide)
     by_token = None if weights is None else weights[scored.targets]

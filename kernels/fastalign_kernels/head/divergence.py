@@ -22,7 +22,7 @@ from fastalign_kernels.dispatch import backend
 from fastalign_kernels.head.chunks import chunk_size
 from fastalign_kernels.head.fused import _FromGradients, _power_of_two_above
 from fastalign_kernels.head.gradients import HeadGradients
-from fastalign_kernels.head.operands import Operands, operands_of
+from fastalign_kernels.head.operands import Operands, check_devices, check_temperature, operands_of
 from fastalign_kernels.head.products import Head, as_one_op
 from fastalign_kernels.head.rows import Coefficients, RowStats, _blocks, _column, _form_logits, slice_form
 from fastalign_kernels.head.rows import stats_dtype as stats_dtype_of
@@ -165,11 +165,7 @@ class _Student:
 def _check(weights: Tensor | None, temperature: float | Tensor, num_tokens: int) -> None:
     if weights is not None and weights.shape != (num_tokens,):
         raise ValueError(f"weights {tuple(weights.shape)}: give ({num_tokens},), one per token")
-    if isinstance(temperature, Tensor):
-        if temperature.shape not in ((), (num_tokens,)):
-            raise ValueError(f"temperature {tuple(temperature.shape)}: give a number or ({num_tokens},)")
-    elif temperature <= 0:
-        raise ValueError(f"temperature={temperature}: give a positive number")
+    check_temperature(temperature, (num_tokens,))
 
 
 def linear_divergence_reference(
@@ -229,6 +225,7 @@ def linear_divergence(
         teacher_operands = operands_of(teacher_hidden, teacher_weight, teacher_bias, None)
     num_tokens, vocabulary = student_hidden.shape[0], operands.weight.shape[0]
     _check(weights, temperature, num_tokens)
+    check_devices(student_hidden=student_hidden, teacher_hidden=teacher_hidden, weights=weights)
     if teacher_hidden.shape[0] != num_tokens:
         raise ValueError(f"teacher_hidden has {teacher_hidden.shape[0]} rows: give {num_tokens}, one per student's")
     if teacher_operands.weight.shape[0] != vocabulary:
@@ -267,6 +264,26 @@ def _topk_gradient(
     return torch.where(valid, grad, grad[:, :1])  # what does not count points at the first entry, and repeats it
 
 
+def linear_topk_divergence_reference(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_logp: Tensor,
+    teacher_indices: Tensor,
+    *,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    add_tail: bool = True,
+    temperature: float | Tensor = 1.0,
+    student_bias: Tensor | None = None,
+    student_form: LogitForm = LogitForm(),  # noqa: B008 (frozen)
+) -> Tensor:
+    """The specification: (N,) divergences at the teacher's entries of the log-probabilities of all logits."""
+    form = replace(student_form, temperature=temperature)
+    log_p = _form_logits(F.linear(student_hidden, student_weight, student_bias), form)[0].log_softmax(-1)
+    indices = teacher_indices.masked_fill(teacher_logp == -torch.inf, 0)
+    return topk_divergence(log_p.gather(1, indices), teacher_logp, divergence, beta, add_tail=add_tail)
+
+
 @as_one_op
 def linear_topk_divergence(
     student_hidden: Tensor,
@@ -299,6 +316,7 @@ def linear_topk_divergence(
             f"teacher_logp {tuple(teacher_logp.shape)} and teacher_indices {tuple(teacher_indices.shape)}: "
             f"give both as ({num_tokens}, k)"
         )
+    check_devices(student_hidden=student_hidden, teacher_logp=teacher_logp, teacher_indices=teacher_indices)
     chunk = chunk or chunk_size(student_weight.shape[0], 4, student_hidden.device)
     teacher_logp = teacher_logp.detach().to(stats_dtype_of(student_hidden.dtype))
     valid = teacher_logp > -torch.inf

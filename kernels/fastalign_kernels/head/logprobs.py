@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastalign_kernels.head.deferred import deferred
-from fastalign_kernels.head.operands import check_targets
+from fastalign_kernels.head.operands import check_constant, check_targets, check_temperature
 from fastalign_kernels.head.positions import scored_positions
 from fastalign_kernels.head.rows import (
     Coefficients,
@@ -74,6 +74,7 @@ def linear_logprobs(
     and b (V, r), and `shard` as in `fused`. `fp8` is for monitoring (`stats` says what it costs): off by 0.06 nats on
     average, and without gradient. Raises ValueError for arguments that do not fit together.
     """
+    check_constant("temperature", temperature)
     form = LogitForm(logit_scale, softcap, temperature)
     if torch.compiler.is_compiling() and low_rank is None and shard is None and not fp8:
         from fastalign_kernels import custom_ops
@@ -147,6 +148,14 @@ class _SelectiveLogSoftmax(torch.autograd.Function):
         return grad, None, None, None
 
 
+def selective_log_softmax_reference(
+    logits: Tensor, targets: Tensor, *, temperature: float | Tensor = 1.0
+) -> tuple[Tensor, Tensor]:
+    """The specification of `selective_log_softmax` with `entropy`, in plain torch and the logits' dtype."""
+    log_p = _form_logits(logits, LogitForm(temperature=temperature))[0].log_softmax(-1)
+    return log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1), torch.special.entr(log_p.exp()).sum(-1)
+
+
 def selective_log_softmax(
     logits: Tensor, targets: Tensor, *, temperature: float | Tensor = 1.0, entropy: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -159,12 +168,9 @@ def selective_log_softmax(
     shape = logits.shape[:-1]
     if targets.shape != shape or targets.dtype.is_floating_point:
         raise ValueError(f"targets {tuple(targets.shape)} {targets.dtype}: give {tuple(shape)} int64, one per row")
+    check_temperature(temperature, shape)
     if isinstance(temperature, Tensor):
-        if temperature.dim() and temperature.shape != shape:
-            raise ValueError(f"temperature {tuple(temperature.shape)}: give a number or {tuple(shape)}")
         temperature = temperature.detach().to(stats_dtype_of(logits.dtype)).expand(shape).reshape(-1)
-    elif temperature <= 0:
-        raise ValueError(f"temperature={temperature}: give a positive number")
     check_targets(targets, logits.shape[-1])
     if logits.stride(-1) != 1:
         logits = logits.contiguous()

@@ -48,6 +48,7 @@ def operands_of(
                 "with the same r"
             )
     named = {"hidden": hidden, "weight": weight, "bias": bias, "low_rank[0]": u, "low_rank[1]": b}
+    check_devices(**named)
     return Operands(*(whole(tensor, name) for name, tensor in named.items()))  # pyright: ignore[reportArgumentType]
 
 
@@ -56,6 +57,7 @@ def check_call(
 ) -> None:
     """Raises ValueError for targets, form or outputs that do not fit the operands, naming the one at fault."""
     num_tokens, vocabulary = operands.hidden.shape[0], operands.weight.shape[0]
+    check_devices(hidden=operands.hidden, targets=targets)
     if targets.shape != (num_tokens,) or targets.dtype.is_floating_point or targets.dtype == torch.bool:
         raise ValueError(
             f"targets {tuple(targets.shape)} {targets.dtype}: give ({num_tokens},) int64, one per row of hidden"
@@ -64,17 +66,41 @@ def check_call(
         raise ValueError(f"outputs {unknown}: choose among {', '.join(OUTPUTS)}")
     if form.softcap is not None and form.softcap <= 0:
         raise ValueError(f"form.softcap={form.softcap}: give a positive number, or None for no soft-cap")
-    temperature = form.temperature
-    if isinstance(temperature, Tensor):
-        if temperature.dim() > 1 or (temperature.dim() == 1 and temperature.shape != targets.shape):
-            raise ValueError(f"form.temperature {tuple(temperature.shape)}: give a number or ({targets.shape[0]},)")
-    elif temperature <= 0:
-        raise ValueError(f"form.temperature={temperature}: give a positive number")
+    check_temperature(form.temperature, targets.shape, "form.temperature")
     if targets.device.type != "cpu":
         return
     if shard is not None:
         vocabulary = int(shard.vocabulary(vocabulary, targets.device))
     check_targets(targets, vocabulary)
+
+
+def check_devices(**tensors: Tensor | None) -> None:
+    """ValueError for tensors on other devices than the first, naming both."""
+    (first, device), *others = ((name, t.device) for name, t in tensors.items() if t is not None)
+    for name, other in others:
+        if other != device:
+            raise ValueError(f"{name} is on {other}, {first} on {device}: move one of them")
+
+
+def check_constant(name: str, value: object) -> None:
+    """ValueError for a tensor that would get a gradient from elsewhere: losses of the head have none for it."""
+    if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} requires a gradient, and gets none here: pass {name}.detach()")
+
+
+def check_temperature(temperature: float | Tensor, shape: tuple[int, ...], name: str = "temperature") -> None:
+    """ValueError for a temperature that is neither a number nor of `shape`, is not positive, or wants a gradient.
+
+    Tensors on a GPU are not read back.
+    """
+    if isinstance(temperature, Tensor):
+        if temperature.dim() and temperature.shape != shape:
+            raise ValueError(f"{name} {tuple(temperature.shape)}: give a number or {tuple(shape)}")
+        check_constant(name, temperature)
+        if temperature.device.type == "cpu" and not bool((temperature > 0).all()):
+            raise ValueError(f"{name} holds {float(temperature.min())}: give positive numbers")
+    elif temperature <= 0:
+        raise ValueError(f"{name}={temperature}: give a positive number")
 
 
 def check_targets(targets: Tensor, vocabulary: int) -> None:

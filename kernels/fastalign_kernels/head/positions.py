@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastalign_kernels.head.operands import check_devices
 from fastalign_kernels.head.token_stats import LogitForm
 
 
@@ -43,6 +44,7 @@ def scored_positions(
     shape = hidden.shape[:-1]
     if targets.shape != shape:
         raise ValueError(f"targets {tuple(targets.shape)}: give {tuple(shape)}, one per hidden state")
+    check_devices(hidden=hidden, targets=targets)
     rows = {"hidden": hidden.reshape(-1, hidden.shape[-1]), "targets": targets.reshape(-1)}
     temperature = form.temperature
     if isinstance(temperature, Tensor) and temperature.dim():

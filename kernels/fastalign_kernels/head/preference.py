@@ -11,13 +11,14 @@ from torch import Tensor
 
 from fastalign_kernels.head.answers import Answers, total_over_groups
 from fastalign_kernels.head.products import as_one_op
+from fastalign_kernels.head.rows import stats_dtype
 from fastalign_kernels.head.stats import stats as head_stats
 from fastalign_kernels.head.token_stats import LogitForm, TokenStats
 from fastalign_kernels.head.vocabulary_parallel import VocabularyShard
 from fastalign_kernels.losses.odds import cpo_loss, orpo_loss, tpo_loss
 from fastalign_kernels.losses.preference import COUPLE_PAIRS, PairLosses, preference_loss
 from fastalign_kernels.losses.sequences import row_sums, wpo_weights
-from fastalign_kernels.losses.unpaired import bco_loss, kto_loss
+from fastalign_kernels.losses.unpaired import RowLosses, bco_loss, kto_loss
 
 PairFunction = Callable[..., "PairLosses | Tensor"]
 
@@ -83,6 +84,9 @@ def _reference_logps(
     if ref_logps is not None and reference is not None:
         raise ValueError("ref_logps and reference are both given: give one of them")
     if ref_logps is not None:
+        if not isinstance(ref_logps, Tensor):
+            kind = type(ref_logps).__name__
+            raise ValueError(f"ref_logps is a {kind}: give a tensor ({answers.counts.numel()},), one per answer")
         if ref_logps.shape != answers.counts.shape:
             raise ValueError(f"ref_logps {tuple(ref_logps.shape)}: give ({answers.counts.numel()},), one per answer")
         return answers.to_groups(ref_logps.detach().to(answers.counts.device, non_blocking=True))
@@ -254,7 +258,8 @@ def linear_preference_loss(
     chosen answers (TPO: gold answers). nll_alpha (TRL's rpo_alpha, cpo_alpha, tpo_alpha) is 1 by default for cpo, orpo
     and tpo, 0 for alphapo and all others.
     `scored` (N,) bool: false for tokens that only the NLL sees (ORPO: the chosen prompts). `ld_alpha`: LD-DPO.
-    `use_weighting`: WPO. `average_log_prob`: token means, by default where the method has them. `outputs` are further
+    `use_weighting`: WPO. `average_log_prob`: token means, by default where the method has them (ipo and sigmoid_norm
+    of dpo make their own from sums, and refuse it). `outputs` are further
     statistics to return, such as entropy, mean_logit, top1. `low_rank` and `shard` (also of the reference): `fused`.
 
     Three products where pairs fit into chunks; four, through `deferred`, for losses that couple pairs of several
@@ -268,6 +273,11 @@ def linear_preference_loss(
     if nll_alpha is None:
         nll_alpha = 0.0 if loss not in ("cpo", "orpo", "tpo") or types == ["alphapo"] else 1.0
     average = _takes_means(loss, types) if average_log_prob is None else average_log_prob
+    per_token = sorted({"ipo", "sigmoid_norm"}.intersection(types))
+    if average and loss == "dpo" and per_token:
+        raise ValueError(
+            f"average_log_prob=True with loss_type {per_token}, which divide sums by lengths: leave it out"
+        )
     per_pair, nll_answer = (3, 2) if loss == "tpo" and nll_alpha else (2, 0)
     answers = Answers(hidden, rows, num_pairs, per_pair, layout == "blocks", scored)
     if ld_alpha is not None:
@@ -290,6 +300,22 @@ def linear_preference_loss(
     return PreferenceResult(*values, pulls=pulls)
 
 
+def linear_unpaired_loss_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    rows: Tensor,
+    labels: Tensor,
+    *,
+    fn: Callable[[Tensor, Tensor, Tensor], RowLosses],
+    ref_logp: Tensor,
+) -> Tensor:
+    """The specification, from full logits: mean of fn(logps, ref_logps, labels), (R,); ref_logp (N,)."""
+    logp = torch.log_softmax(hidden @ weight.t(), -1).gather(1, targets[:, None]).squeeze(1)
+    sums = [torch.stack([v[rows == row].sum() for row in range(len(labels))]) for v in (logp, ref_logp)]
+    return fn(sums[0], sums[1], labels).losses.mean()
+
+
 @as_one_op
 def linear_unpaired_loss(
     hidden: Tensor,
@@ -299,7 +325,7 @@ def linear_unpaired_loss(
     labels: Tensor,
     *,
     loss_type: Literal["kto", "apo_zero_unpaired", "bco"] = "kto",
-    baseline: Tensor | Callable[[Tensor], Tensor] | None = None,
+    baseline: float | Tensor | Callable[[Tensor], Tensor] | None = None,
     ref_logps: Tensor | None = None,
     reference: ReferenceHead | None = None,
     row_divisor: float | None = None,
@@ -313,8 +339,8 @@ def linear_unpaired_loss(
 ) -> UnpairedResult:
     """Loss of R answers with labels (R,) bool: hidden (N, D), weight (V, D), targets (N,), rows (N,) int64.
 
-    `rows` numbers each token's answer; keep it on the CPU. `baseline`: KTO's z (`kl_baseline`) or BCO's delta, 0-dim,
-    or a function that is called once with the detached rewards (R,) of all answers and returns it (BCO's
+    `rows` numbers each token's answer; keep it on the CPU. `baseline`: KTO's z (`kl_baseline`) or BCO's delta, 0-dim
+    or a number, or a function that is called once with the detached rewards (R,) of all answers and returns it (BCO's
     `running_mean`, a mean over ranks): then answers are coupled and several chunks cost a fourth product.
     `settings` go to `kto_loss` or `bco_loss`. The loss is the sum over answers / row_divisor (R). Raises ValueError.
     """
@@ -327,6 +353,8 @@ def linear_unpaired_loss(
     labels = labels.to(hidden.device, torch.bool, non_blocking=True)
     weights = settings.pop("undesirable_weights", None) if loss_type == "bco" else None
     divisor = max(1, labels.numel()) if row_divisor is None else row_divisor
+    if isinstance(baseline, int | float):
+        baseline = torch.full((), baseline, dtype=stats_dtype(hidden.dtype), device=hidden.device)
     shift = None if callable(baseline) else baseline
 
     def objective(stats: TokenStats, span: slice) -> tuple[Tensor, list[Tensor]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
@@ -29,9 +30,8 @@ def as_one_op(fn: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(fn)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        hidden = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
-        assert isinstance(hidden, Tensor)
-        with torch.autocast(hidden.device.type, enabled=False):
+        first = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point()), None)
+        with nullcontext() if first is None else torch.autocast(first.device.type, enabled=False):
             return fn(*args, **kwargs)
 
     return torch._disable_dynamo(run)  # pyright: ignore[reportPrivateImportUsage]

@@ -46,5 +46,5 @@ def stats(
     """
     with torch.no_grad():
         operands = operands_of(hidden, weight, bias, low_rank)
-    check_call(operands, targets, form, outputs, shard)
+        check_call(operands, targets, form, outputs, shard)
     return rows_of_head((Fp8Head if fp8 else Head)(operands, targets, form, chunk, shard=shard), outputs).stats

@@ -16,7 +16,7 @@ def _margin_loss(margin: Tensor, loss_type: str, beta: float, label_smoothing: f
     if loss_type == "hinge":
         return torch.relu(1 - beta * margin)
     if loss_type == "ipo":
-        return squared_distance(margin, 1 / (2 * beta))
+        return squared_distance(margin, beta)
     return smoothed_logistic(
         beta * margin - gamma if loss_type in ("simpo", "tpo-l") else beta * margin, label_smoothing
     )

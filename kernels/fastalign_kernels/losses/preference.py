@@ -37,12 +37,15 @@ class PairLosses(NamedTuple):
         return (self.chosen_rewards > self.rejected_rewards).to(self.chosen_rewards.dtype)
 
 
-def squared_distance(margin: Tensor, target: float) -> Tensor:
-    """IPO's (margin - target)^2, the distance held at 1e15: a score of exp(80) would be infinite when squared in fp32.
+def squared_distance(margin: Tensor, beta: float) -> Tensor:
+    """IPO's (margin - 1 / (2 beta))^2, arXiv:2310.12036 Eq. 17; ValueError for beta = 0.
 
-    Beyond, the loss is 1e30 and has no gradient, as `bounded_exp` has none.
+    The distance is held at 1e15: a score of exp(80) would be infinite when squared in fp32. Beyond, the loss is 1e30
+    and has no gradient, as `bounded_exp` has none.
     """
-    return (margin - target).clamp(-LARGEST_DISTANCE, LARGEST_DISTANCE) ** 2
+    if beta == 0:
+        raise ValueError("beta=0 with ipo, which aims at a margin of 1 / (2 beta): give another number")
+    return (margin - 1 / (2 * beta)).clamp(-LARGEST_DISTANCE, LARGEST_DISTANCE) ** 2
 
 
 def bounded_exp(x: Tensor) -> Tensor:
@@ -116,7 +119,7 @@ def _hinge(p: _Pairs) -> Tensor:
 
 def _ipo(p: _Pairs) -> Tensor:
     """IPO, arXiv:2310.12036 Eq. 17, on per-token means: (d_mean - 1 / (2 beta))^2."""
-    return squared_distance(p.mean_margin, 1 / (2 * p.beta))
+    return squared_distance(p.mean_margin, p.beta)
 
 
 def _exo_pair(p: _Pairs) -> Tensor:
