@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from itertools import count, islice
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -186,9 +186,10 @@ def check_image_dataset(dataset: Dataset | IterableDataset, answers: tuple[str, 
         )
     if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":
         return
-    texts = dataset.select_columns([c for c in dict.fromkeys(("prompt", *needed)) if c in row]).with_format("arrow")
-    start, table = 0, cast(Any, None)
-    for table in texts.iter(1000):
+    names = [column for column in dict.fromkeys(("prompt", *needed)) if column in row]
+    tables: Any = dataset.select_columns(names).with_format("arrow").iter(1000)
+    start = 0
+    for table in tables:
         for column in table.column_names:
             if (missing := np.flatnonzero(table[column].is_null().to_numpy())).size:
                 raise ValueError(
