@@ -61,7 +61,8 @@ def make(kind: str, folder, cls=None, model=None, train=None, **options):
     cls = cls or {"ours": Trainer, "theirs": transformers.Trainer}[kind]
     config = {"ours": AlignConfig, "theirs": TrainingArguments}[kind]
     fields = {k: options.pop(k) for k in list(options) if k in config.__dataclass_fields__}
-    args = config(output_dir=str(folder), **(SETTINGS | fields))
+    own = {"kernel_backend": "none"} if config is AlignConfig else {}  # loops are compared: the layers are the model's
+    args = config(output_dir=str(folder), **(SETTINGS | own | fields))
     options.setdefault("data_collator", pad_rows)
     train = tiny_rows() if train is None else train
     return cls(model or tiny_model(), args, train_dataset=train, **options)
