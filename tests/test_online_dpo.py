@@ -1,6 +1,7 @@
 """OnlineDPOTrainer against TRL's on the same models, prompts and completions, and what must not change its numbers."""
 
 import copy
+import zlib
 
 import pytest
 import torch
@@ -204,12 +205,14 @@ def test_pairs_that_nobody_can_rank_have_no_part(tmp_path):
 def test_a_judge_ranks_as_the_reward_that_it_thinks_of(tmp_path):
     ends = tiny_tokenizer()
 
+    def size(text):  # of two texts with as many tokens one is the smaller, whichever is shown first
+        return len(ends(text)["input_ids"]) + zlib.crc32(text.encode()) % 64 / 64
+
     def shorter(given, pairs):
-        lengths = [[len(ends(text)["input_ids"]) for text in pair] for pair in pairs]
-        return [int(b < a) for a, b in lengths]
+        return [int(size(b) < size(a)) for a, b in pairs]
 
     def short(completions, **kwargs):
-        return [-len(ends(text)["input_ids"]) for text in completions]
+        return [-size(text) for text in completions]
 
     by_judge = ours(tmp_path, rewards=[], extra={"judge": fastalign.FunctionJudge(shorter)}, max_steps=2)
     by_reward = ours(tmp_path, rewards=[short], max_steps=2)

@@ -136,6 +136,11 @@ def test_a_judge_of_a_function_sees_both_orders():
     assert orders == [tuple(pair) for pair in pairs]
     first = FunctionJudge(lambda prompts, pairs: [0] * len(pairs)).judge(prompts, pairs)
     assert 5 < sum(first) < 35  # one that prefers a place prefers none
+    texts = [[f"{i}a", f"{i}b"] for i in range(40)]
+    draws = [FunctionJudge(lambda prompts, pairs: [0] * len(pairs), seed) for seed in (0, 0, 1)]
+    found = [[one.judge(prompts, texts), one.judge(prompts, texts[::-1])] for one in draws]
+    assert found[0] == found[1] and found[0][0] == draws[0].judge(prompts, texts)  # as a resumed run sees them
+    assert found[0][0] != found[0][1] and found[0] != found[2]
     for answers, message in (([0], "1 answers for 40"), ([2] * 40, "returned 2")):
         with pytest.raises(ValueError, match=message):
             FunctionJudge(lambda prompts, pairs, answers=answers: answers).judge(prompts, pairs)

@@ -49,15 +49,20 @@ class CodeExecutionReward:
         **kwargs: Any,
     ) -> list[float | None]:
         wanted = [(find_program(answer_text(c)), _cases(t)) for c, t in zip(completions, tests, strict=True)]
-        programs = [Program(source, *case[:2]) for source, cases in wanted if source.strip() for case in cases or ()]
+        found = [
+            (answer, Program(source, *case[:2]))
+            for answer, (source, cases) in enumerate(wanted)
+            if source.strip()
+            for case in cases
+        ]
         with self._lock:
             self._sandbox = self._sandbox or Sandbox(self.limits, self.num_workers)
-        outcomes = iter(self._sandbox.run(programs))
+        outcomes = iter(self._sandbox.run([program for _, program in found], [answer for answer, _ in found]))
         rewards: list[float | None] = []
         notes: list[str] = []
         for source, cases in wanted:
-            ended = [next(outcomes) if source.strip() else NO_PROGRAM for _ in cases or ()]
-            right = [_is_right(outcome, case[2]) for outcome, case in zip(ended, cases or (), strict=True)]
+            ended = [next(outcomes) if source.strip() else NO_PROGRAM for _ in cases]
+            right = [_is_right(outcome, case[2]) for outcome, case in zip(ended, cases, strict=True)]
             rewards.append(sum(right) / len(right) if right else None)
             notes.append(next((_note(o) for o, is_right in zip(ended, right, strict=True) if not is_right), ""))
         if log_extra is not None:
@@ -110,8 +115,9 @@ def get_code_execution_reward(
 
     The column `tests` has, for each prompt, code to run behind the program in the same module (`assert f(2) == 4`), or
     {"input", "output"}, texts of standard input and of what has to be printed, or a list of them. `timeout` is in
-    seconds per test, `memory` (MiB), `file_size` (MiB) and `output` (KiB) limit each program; `num_workers` programs
-    run at the same time (one per core, at most 8). SandboxError where programs cannot be confined.
+    seconds per test: behind the first that takes longer, an answer's further tests do not pass, so that they need not
+    be run. `memory` (MiB), `file_size` (MiB) and `output` (KiB) limit each program; `num_workers` programs run at the
+    same time (one per core, at most 8). SandboxError where programs cannot be confined.
     """
     for name, value in (("timeout", timeout), ("memory", memory), ("file_size", file_size), ("output", output)):
         if value <= 0:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Literal
 
-from .workers import WorkerPool
+from .workers import Replies, WorkerPool
 
 GRACE = 20.0  # seconds beyond a program's own time before its worker counts as dead
 
@@ -56,10 +57,24 @@ class Sandbox:
         self.limits = limits or Limits()
         self._pool = WorkerPool("fastalign.rewards.sandbox_worker", size or min(8, os.cpu_count() or 1))
 
-    def run(self, programs: Sequence[Program]) -> list[Outcome]:
-        """How each program ended, in order. SandboxError where they cannot be confined."""
+    def run(self, programs: Sequence[Program], answers: Sequence[int] | None = None) -> list[Outcome]:
+        """How each program ended, in order. SandboxError where they cannot be confined.
+
+        `answers`: a number for each program, equal for neighbours of one answer. Behind the first of an answer that
+        takes too long, its others count as such too, so that they need not be run.
+        """
         requests = [vars(program) | vars(self.limits) for program in programs]
-        return [self._outcome(reply) for reply in self._pool.ask(requests, self.limits.timeout + GRACE)]
+        answers = range(len(programs)) if answers is None else answers
+
+        def is_late(place: int, replies: Replies) -> bool:
+            before = takewhile(lambda other: answers[other] == answers[place], range(place - 1, -1, -1))
+            return any((replies[other] or {}).get("status") == "timeout" for other in before)
+
+        replies = self._pool.ask(requests, self.limits.timeout + GRACE, is_late)
+        return [
+            Outcome("timeout", False) if is_late(place, replies) else self._outcome(reply)
+            for place, reply in enumerate(replies)
+        ]
 
     def _outcome(self, reply: dict | None) -> Outcome:
         if reply is None:

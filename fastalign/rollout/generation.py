@@ -84,13 +84,16 @@ class ScoredRollouts:
         self.pending: list[PendingScores] = []
         self.order: list[int] = []  # place of each scored sample
         repeats = math.gcd(*(count for _, count in wanted))
-        rows = [row for row, count in wanted for _ in range(count // repeats)]
+        prompts = [place for place, (_, count) in enumerate(wanted) for _ in range(count // repeats)]
+        rows = [wanted[place][0] for place in prompts]
         found: list[list[Sample]] = [[] for _ in rows]
         waiting: list[int] = []
         at_once = max(1, len(rows) // 8)  # calls of reward functions see a few groups each, and begin early
 
         def submit() -> None:
-            self.pending.append(rewards.submit([one for index in waiting for one in found[index]], state))
+            samples = [one for index in waiting for one in found[index]]
+            numbers = [prompts[index] for index in waiting for _ in found[index]]
+            self.pending.append(rewards.submit(samples, state, numbers))
             self.order.extend(index * repeats + i for index in waiting for i in range(repeats))
             waiting.clear()
 

@@ -32,16 +32,16 @@ class BasePairwiseJudge(ABC):
 class FunctionJudge(BasePairwiseJudge):
     """A judge made of a function `f(prompts, completions) -> list` of 0, 1, or None where it cannot be told.
 
-    Half of the pairs, drawn with `seed`, are shown in the other order. ValueError for other answers, or for a wrong
-    number of them.
+    Half of the pairs, drawn with `seed`, are shown in the other order: the same of them for equal prompts and
+    completions. ValueError for other answers, or for a wrong number of them.
     """
 
     def __init__(self, function: Callable[[list[Any], list[list[Any]]], Sequence[int | None]], seed: int = 0):
-        self.function = function
-        self._random = random.Random(seed)
+        self.function, self.seed = function, seed
 
     def judge(self, prompts: list[Any], completions: list[list[Any]], shuffle_order: bool = True) -> list[int]:
-        turned = [shuffle_order and self._random.random() < 0.5 for _ in prompts]
+        drawn = random.Random(repr((self.seed, prompts, completions)))  # no state: resumed runs show the same
+        turned = [shuffle_order and drawn.random() < 0.5 for _ in prompts]
         shown = [pair[::-1] if turn else pair for pair, turn in zip(completions, turned, strict=True)]
         found = list(self.function(prompts, shown))
         if len(found) != len(prompts):

@@ -15,13 +15,17 @@ import math
 import threading
 import time
 import traceback
+import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+
+from ..rewards.workers import given_up
 
 logger = logging.getLogger(__name__)
 
 LOOP_GRACE = 1.0  # seconds that a cancelled coroutine has to end before its loop counts as blocked
+COPIED = ("prompts", "completions", "completion_ids")  # arguments whose entries functions may change
 OWN_COLUMNS = ("prompt", "completion", "completion_ids")  # of a row: functions get them under TRL's names
 
 
@@ -63,6 +67,15 @@ def list_arguments(samples: list, trainer_state: Any) -> dict[str, list]:
     return columns
 
 
+def own_copy(value: Any) -> Any:
+    """Lists and dicts anew, all the way down (lists of other things by their first entry)."""
+    if isinstance(value, dict):
+        return {key: own_copy(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [own_copy(one) for one in value] if value and isinstance(value[0], (dict, list)) else value[:]
+    return value
+
+
 class Attempt:
     """One call of the function: its arguments, what it logs, and whether it failed."""
 
@@ -73,12 +86,16 @@ class Attempt:
         self.returned: Any = None
 
     def arguments(self) -> dict[str, Any]:
-        """Fresh lists for each call, so that functions cannot change each other's."""
+        """Fresh lists and messages for each call, so that functions cannot change each other's, nor the samples."""
         part = slice(self.rows.start, self.rows.stop)
-        given: dict[str, Any] = {name: values[part] for name, values in self.job.given.items()}
-        given |= {"trainer_state": given["trainer_state"][0], "log_extra": self._extra, "log_metric": self._metric}
-        names = self.job.names
-        return given if names is None else {name: value for name, value in given.items() if name in names}
+        given: dict[str, Any] = {n: values[part] for n, values in self.job.given.items() if self.job.takes(n)}
+        given |= {name: own_copy(given[name]) for name in COPIED if name in given}
+        own = {
+            "trainer_state": self.job.given["trainer_state"][0],
+            "log_extra": self._extra,
+            "log_metric": self._metric,
+        }
+        return given | {name: value for name, value in own.items() if self.job.takes(name)}
 
     def _extra(self, column: str, values: list) -> None:
         self.columns.setdefault(column, []).extend(values)
@@ -88,10 +105,14 @@ class Attempt:
 
     def values(self) -> list[float]:
         """One number per completion, NaN for None; ValueError where that is not what was returned."""
-        if self.returned is None or not hasattr(self.returned, "__len__"):
+        returned, advice = self.returned, ""
+        if inspect.iscoroutine(returned):
+            returned.close()
+            advice = " Make it `async def`, and so the decorators around it."
+        if isinstance(returned, (str, Mapping, set)) or not hasattr(returned, "__len__"):
             raise ValueError(
-                f"The reward function {self.job.name!r} returned {type(self.returned).__name__}; it must return a "
-                "list with one number or None per completion."
+                f"The reward function {self.job.name!r} returned {type(returned).__name__}; it must return a "
+                f"list with one number or None per completion.{advice}"
             )
         if len(self.returned) != len(self.rows):
             raise ValueError(
@@ -123,6 +144,10 @@ class Job:
         self.done = self.abandoned = self.raised = False
         self.needs_main_thread = self.in_main_thread = False
 
+    def takes(self, name: str) -> bool:
+        """Whether the function is given what has this name."""
+        return self.names is None or name in self.names
+
     def attempts(self) -> Iterator[Attempt]:
         """The calls to make: all samples at once, and each group alone where that failed."""
         yield Attempt(self, range(self.size))
@@ -136,6 +161,7 @@ class Job:
     def settle(self, attempt: Attempt) -> Iterator[None]:
         """Around a call: takes what it returned, or keeps what went wrong to its rows."""
         self.raised = True
+        asked = given_up.set(lambda: self.abandoned)
         try:
             yield
             self.raised = False  # what returns the wrong count is wrong: another count might fit by chance
@@ -149,6 +175,8 @@ class Job:
         else:
             if not self.abandoned:
                 self._take(attempt, values)
+        finally:
+            given_up.reset(asked)
 
     def _take(self, attempt: Attempt, values: list[float]) -> None:
         if broken := [value for value in attempt.returned if value is not None and not math.isfinite(float(value))]:
@@ -286,13 +314,22 @@ class FunctionThread:
                 if job.abandoned:
                     return
                 job.finish()
-                self._current = None
+                job = self._current = None  # nothing that the job knows is kept until the next one
                 self._changed.notify_all()
 
 
-def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
-    loop.run_forever()
-    loop.close()
+def start_loop(owner: Any, name: str) -> tuple[asyncio.AbstractEventLoop, weakref.finalize]:
+    """An event loop on a daemon thread, and what ends it, which happens of itself when `owner` is no more."""
+    loop = asyncio.new_event_loop()
+    end = weakref.finalize(owner, loop.call_soon_threadsafe, loop.stop)
+    end.atexit = False
+
+    def run() -> None:
+        loop.run_forever()
+        loop.close()
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return loop, end
 
 
 class AsyncLoop:
@@ -307,9 +344,8 @@ class AsyncLoop:
     def submit(self, job: Job) -> None:
         with self._changed:
             if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                threading.Thread(target=_run_loop, args=(self._loop,), name="reward-loop", daemon=True).start()
-            job.started = time.monotonic()
+                self._loop, self._end = start_loop(self, "reward-loop")
+            job.started = time.monotonic()  # until it runs: a loop that is blocked may never begin it
             self._loop.call_soon_threadsafe(self._start, self._loop, job)
 
     def wait(self, job: Job) -> None:
@@ -324,13 +360,14 @@ class AsyncLoop:
 
     def close(self) -> None:
         if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._end()
             self._loop = None
 
     def _start(self, loop: asyncio.AbstractEventLoop, job: Job) -> None:
         self._tasks[job] = loop.create_task(self._run(job))
 
     async def _run(self, job: Job) -> None:
+        job.started = time.monotonic()
         try:
             with contextlib.suppress(BaseException):  # of a job that was given up; SystemExit would end the loop
                 await job.run_async()
@@ -351,7 +388,7 @@ class AsyncLoop:
         self._changed.wait_for(lambda: job not in self._tasks, LOOP_GRACE)
         if job not in self._tasks and task is not None:
             return
-        loop.call_soon_threadsafe(loop.stop)
+        self._end()
         self._loop = None
         for other in [*self._tasks]:
             if not other.done:

@@ -7,6 +7,7 @@ import logging
 import math
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -117,6 +118,7 @@ class RewardPool:
         self._threads: dict[str, FunctionThread] = {}
         self._main_thread: set[str] = set()  # functions that run nowhere else
         self._unscored: list[PendingScores] = []  # submissions that reward models have not seen
+        weakref.finalize(self, _close_all, self._threads).atexit = False  # the loop sees to itself
 
     def add(self, name: str, function: Callable, weight: float = 1.0) -> None:
         """One more function, after the others (the reward of an environment)."""
@@ -124,10 +126,16 @@ class RewardPool:
         self.names.append(name)
         self.weights = torch.cat([self.weights, torch.tensor([weight])])
 
-    def submit(self, samples: list[Sample], trainer_state: Any = None) -> PendingScores:
-        """Start scoring `samples`, whole groups of equal prompts one after the other; returns at once."""
+    def submit(
+        self, samples: list[Sample], trainer_state: Any = None, prompts: Sequence[int] | None = None
+    ) -> PendingScores:
+        """Start scoring `samples`, one group after the other; returns at once.
+
+        `prompts`: the number of each sample's prompt; None: neighbours whose prompts are equal are a group.
+        """
         state = copy.copy(trainer_state)  # as it is now, whatever training does meanwhile
-        groups, given = split_groups(samples), list_arguments(samples, state)
+        groups = split_groups([sample.row.get("prompt") for sample in samples] if prompts is None else prompts)
+        given = list_arguments(samples, state)
         pending = PendingScores(self, samples)
         for k, (name, function) in enumerate(zip(self.names, self.functions, strict=True)):
             if isinstance(function, RewardModel) or not samples:
@@ -143,8 +151,7 @@ class RewardPool:
 
     def close(self) -> None:
         """Let threads and loop end."""
-        for thread in self._threads.values():
-            thread.close()
+        _close_all(self._threads)
         self._loop.close()
 
     def score_with_models(self) -> None:
@@ -224,6 +231,9 @@ class PendingScores:
             pool.finish(job)
         for k, job in self.jobs.items():
             self._add(scores, k, job)
+        if any(job.abandoned and job.takes("environments") for job in self.jobs.values()):
+            for sample in self.samples:
+                sample.environment = None  # the call may still be at work in it: no other sample gets it
         return scores
 
     def _add(self, scores: Scores, k: int, job: Job) -> None:
@@ -240,12 +250,15 @@ class PendingScores:
                 raise RewardError(f"The reward function {job.name!r} failed:\n{job.error}")
 
 
-def split_groups(samples: list[Sample]) -> list[range]:
-    """Places of neighbours with the same prompt."""
-    starts = [
-        i for i, sample in enumerate(samples) if not i or sample.row.get("prompt") != samples[i - 1].row.get("prompt")
-    ]
-    return [range(a, b) for a, b in pairwise([*starts, len(samples)])]
+def split_groups(prompts: Sequence[Any]) -> list[range]:
+    """Places of neighbours that are equal."""
+    starts = [i for i, prompt in enumerate(prompts) if not i or prompt != prompts[i - 1]]
+    return [range(a, b) for a, b in pairwise([*starts, len(prompts)])]
+
+
+def _close_all(threads: dict[str, FunctionThread]) -> None:
+    for thread in threads.values():
+        thread.close()
 
 
 def _as_list(value: Any) -> list:

@@ -12,6 +12,8 @@ from typing import Any
 
 from transformers.utils import get_json_schema
 
+from .reward_calls import start_loop
+
 Functions = Mapping[str, Callable]  # name that the policy calls -> function or coroutine function
 
 
@@ -73,8 +75,8 @@ class ToolRunner:
     def start(self, work: Coroutine[Any, Any, Any], done: Callable[[Any], None]) -> Future:
         """Run `work`; `done` gets its result or its error, on the loop's thread."""
         if self._loop is None:
-            self._loop, self._threads = asyncio.new_event_loop(), asyncio.Semaphore(self.num_threads)
-            threading.Thread(target=self._loop.run_forever, name="fastalign-tools", daemon=True).start()
+            self._loop, self._end = start_loop(self, "fastalign-tools")
+            self._threads = asyncio.Semaphore(self.num_threads)
 
         async def deliver() -> None:
             try:
@@ -168,7 +170,7 @@ class ToolRunner:
     def close(self) -> None:
         """End the loop; what still runs on it is forgotten."""
         if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._end()
             self._loop = None
 
 
