@@ -28,7 +28,9 @@ class SamplingArgs:
     top_k: int = arg(0, "Sample from this many most likely tokens; 0: from all.")
     min_p: float | None = arg(None, "Leave out tokens below this share of the likeliest one's probability.")
     generation_kwargs: dict[str, Any] | str | None = arg(
-        None, "Further arguments of the engine (GenerationConfig, vLLM's SamplingParams); they win over the fields."
+        None,
+        "Further arguments of the engine (GenerationConfig, vLLM's SamplingParams), which win over the fields. The "
+        "loss stays at `temperature`.",
     )
     chat_template_kwargs: dict[str, Any] | str | None = arg(None, "Arguments of the chat template.")
     repetition_penalty: float = arg(1.0, "Above 1: tokens that occurred before become less likely.")
