@@ -127,6 +127,13 @@ def one_of(config, name: str, allowed: tuple) -> None:
         raise ValueError(f"Invalid `{name}` {getattr(config, name)!r}. Supported values are {allowed}.")
 
 
+def at_least(config, **bounds: float) -> None:
+    """Raise ValueError where a field of `config` is below its bound; None is not."""
+    for name, bound in bounds.items():
+        if (value := getattr(config, name)) is not None and not value >= bound:
+            raise ValueError(f"`{name}` is {value}; it must be at least {bound}.")
+
+
 def deprecated(message: str) -> None:
     """Warn at the caller of the config's constructor."""
     warnings.warn(message, FutureWarning, stacklevel=5)

@@ -75,8 +75,8 @@ FINDINGS: dict[str, Finding] = {
     ),
     "sampling_mismatch": Finding(
         "tokens were sampled with other probabilities than training finds: {value:.3g} nats per token apart",
-        "Gradients are biased by that. Compare precision and attention of engine and training model; with "
-        "max_staleness or long generations, lower learning_rate; keep vllm_importance_sampling_correction on.",
+        "Gradients are biased by that. Compare precision and attention of engine and training model; with samples of "
+        "older weights, lower learning_rate. GRPO corrects for it: keep vllm_importance_sampling_correction on.",
         0.1,
     ),
     "zero_variance": Finding(

@@ -247,7 +247,7 @@ class SampledDataTrainer(Trainer):
             batch, self.metrics, self.rewards.weights, ends, world=self.world, rank=self.rank, tools=self.has_tools
         )
         if training:
-            watch_samples(self.metrics, batch, self.rewards.weights)
+            watch_samples(self.metrics, batch, self.rewards.weights, self.sampling.distortions(self.loss_temperature))
         self.score(batch)
         if self.args.log_completions:
             rows = gather_object(batch.shown()) if self.world > 1 else batch.shown()
@@ -284,9 +284,9 @@ class SampledDataTrainer(Trainer):
 
     @property
     def knows_old(self) -> bool:
-        """Whether log-probabilities as sampled are those of the training model over the whole vocabulary."""
+        """Whether log-probabilities as sampled are the training model's, as the loss takes them."""
         given, s = isinstance(self.rollouts, FunctionRollouts), self.sampling
-        plain = not (s.truncates or s.options or s.regex) and s.repetition_penalty == 1.0
+        plain = not s.distortions(self.loss_temperature)
         return self.engine is not None and self.engine.exact and plain and not given and self.ahead is None
 
     def run_pass(self, experiences: list[Experience], forward: Callable[[GroupBatch], Tensor]) -> list[Tensor]:

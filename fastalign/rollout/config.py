@@ -28,7 +28,9 @@ class SamplingArgs:
     top_k: int = arg(0, "Sample from this many most likely tokens; 0: from all.")
     min_p: float | None = arg(None, "Leave out tokens below this share of the likeliest one's probability.")
     generation_kwargs: dict[str, Any] | str | None = arg(
-        None, "Further arguments of the engine (GenerationConfig, vLLM's SamplingParams); they win over the fields."
+        None,
+        "Further arguments of the engine (GenerationConfig, vLLM's SamplingParams), which win over the fields. The "
+        "loss stays at `temperature`.",
     )
     chat_template_kwargs: dict[str, Any] | str | None = arg(None, "Arguments of the chat template.")
     repetition_penalty: float = arg(1.0, "Above 1: tokens that occurred before become less likely.")
@@ -40,6 +42,23 @@ class SamplingArgs:
             raise ValueError(f"`max_completion_length` is {self.max_completion_length}; give at least 1 token.")
         if not self.temperature > 0:
             raise ValueError(f"`temperature` is {self.temperature}; it must be above 0: the loss divides by it.")
+        given: Any = self.generation_kwargs or {}  # JSON was read by then
+        if not given.get("temperature", 1.0) > 0:
+            raise ValueError(
+                f"`generation_kwargs` has a temperature of {given['temperature']}; it must be above 0: completions of "
+                "a prompt would all be the same."
+            )
+        for name in ("max_new_tokens", "max_tokens"):
+            if given.get(name, self.max_completion_length) != self.max_completion_length:
+                raise ValueError(
+                    f"`generation_kwargs` has {name}={given[name]}, but completions of "
+                    f"{self.max_completion_length} tokens are what the loss counts with. Set the field "
+                    f"`{'response_length' if hasattr(self, 'response_length') else 'max_completion_length'}` instead."
+                )
+        if "structured_outputs" in given and getattr(self, "vllm_structured_outputs_regex", None) is not None:
+            raise ValueError(
+                "`generation_kwargs` has structured_outputs, and `vllm_structured_outputs_regex` is set: give one."
+            )
         if not 0 < self.top_p <= 1 or self.top_k < 0 or not 0 <= (self.min_p or 0) <= 1:
             raise ValueError(
                 f"`top_p` is {self.top_p}, `top_k` {self.top_k}, `min_p` {self.min_p}: top_p must be above 0 and at "
@@ -54,7 +73,7 @@ class SamplingArgs:
     def sampling(self, stop_ids: tuple[int, ...]) -> Sampling:
         """The same for the engine; a completion ends with one of `stop_ids`."""
         assert self.max_completion_length is not None
-        given: Any = self.generation_kwargs or {}  # JSON was read by then
+        given: Any = self.generation_kwargs or {}
         own = dict(given)
         values: dict[str, Any] = {
             "max_new_tokens": self.max_completion_length,

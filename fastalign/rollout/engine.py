@@ -7,6 +7,18 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 FinishReason = Literal["stop", "length"]
+NEUTRAL: dict[str, tuple] = {  # settings of the distribution that tokens are drawn from, and the values without effect
+    "top_p": (1.0,),
+    "top_k": (0, -1, None),
+    "min_p": (None, 0.0),
+    "do_sample": (True, None),
+    "repetition_penalty": (1.0,),
+    "presence_penalty": (0.0,),
+    "frequency_penalty": (0.0,),
+    "min_tokens": (0,),
+    **dict.fromkeys(("logit_bias", "allowed_token_ids", "bad_words", "thinking_token_budget"), (None, {}, [])),
+    **dict.fromkeys(("vllm_structured_outputs_regex", "structured_outputs"), (None,)),
+}
 
 
 @dataclass(frozen=True)
@@ -28,6 +40,12 @@ class Sampling:
     def truncates(self) -> bool:
         """Whether tokens are left out, so that log-probabilities as sampled are not those of the whole vocabulary."""
         return self.top_p < 1.0 or self.top_k > 0 or bool(self.min_p)
+
+    def distortions(self, temperature: float) -> dict[str, Any]:
+        """Settings that make log-probabilities as sampled others than the model's at `temperature`; name -> value."""
+        given = {**vars(self), "vllm_structured_outputs_regex": self.regex, **self.options}
+        found = {name: given[name] for name, plain in NEUTRAL.items() if name in given and given[name] not in plain}
+        return found if given["temperature"] == temperature else {"temperature": given["temperature"]} | found
 
 
 @dataclass

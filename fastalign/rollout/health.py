@@ -29,10 +29,10 @@ GROWTH = 1.25  # of completions that are rewarded for their length
 # What generation batches and losses record
 
 
-def watch_samples(metrics: Metrics, batch: GenerationBatch, weights: Tensor) -> None:
+def watch_samples(metrics: Metrics, batch: GenerationBatch, weights: Tensor, distortions: dict) -> None:
     """Lost rewards, length and reward, and the distance from the reference of a batch that is learned from.
 
-    `weights` (K,) of the reward functions.
+    `weights` (K,) of the reward functions; `distortions` of log-probabilities as sampled, which then do not count.
     """
     assert batch.scores is not None
     lost = batch.scores.lost
@@ -41,7 +41,7 @@ def watch_samples(metrics: Metrics, batch: GenerationBatch, weights: Tensor) -> 
     correlation = length_correlation(rewards, batch.lengths, batch.num_generations)
     metrics.mean(f"{HIDDEN}length", correlation or 0.0, int(correlation is not None), skip_empty=True)
     if any("ref_logp" in one.tokens for one in batch.experiences):
-        drift = [_distance(one) for one in batch.experiences]
+        drift = [_distance(one, with_sampled=not distortions) for one in batch.experiences]
         total = torch.stack([total for total, _ in drift]).sum()
         metrics.mean(f"{HIDDEN}sampled_drift", total, sum(count for _, count in drift))
 
@@ -65,10 +65,10 @@ def length_correlation(rewards: Tensor, lengths: Tensor, num_generations: int) -
     return float((reward * length).sum() / size) if size > 1e-12 else None
 
 
-def _distance(one: Experience) -> tuple[Tensor, int]:
+def _distance(one: Experience, with_sampled: bool) -> tuple[Tensor, int]:
     """Sum over the learned tokens of |log ratio to the reference|, and their number."""
     reference = one.tokens["ref_logp"]
-    logp = one.tokens.get("old_logp", one.tokens.get("sampling_logp"))
+    logp = one.tokens.get("old_logp", one.tokens.get("sampling_logp") if with_sampled else None)
     if logp is None:
         return reference.new_zeros(()), 0
     difference = (logp.to(reference) - reference).abs()
@@ -82,12 +82,16 @@ def watch_update(
 ) -> None:
     """How log-probabilities (N,) of training differ from those as sampled, at the first update from new samples.
 
+    Replayed ones are not new: those as sampled are their old ones.
+
     `weights` (N,): of the importance correction, of which those near 0 or cut at `most` are counted.
     """
     step, sampled = batch.step, batch.extras.get("sampling_logp")
     if not step.training or sampled is None or any(made != step.number for made in step.made):
         return
     known = ~sampled.isnan() & (batch.weight != 0)
+    if (old := batch.extras.get("old_logp")) is not None:
+        known &= old != sampled
     log.mean(f"{HIDDEN}mismatch", torch.where(known, (logp - sampled).abs(), 0.0), over_seen=True)
     if weights is not None:
         cut = (weights < LITTLE_WEIGHT) | (weights >= (torch.inf if most is None else most))
@@ -162,4 +166,7 @@ def _length_hacking(history: list[dict[str, float]], past: list[dict[str, float]
 def findings_of(trainer: Any, found: dict, history: list[dict], past: list[dict]) -> dict[str, float]:
     """`sampled_findings` of a trainer's logs."""
     ends = bool(trainer.sampling.stop_ids)
-    return sampled_findings(found, history, past, ends=ends, given=trainer.args.health_bounds)
+    found = sampled_findings(found, history, past, ends=ends, given=trainer.args.health_bounds)
+    if trainer.sampling.distortions(trainer.loss_temperature):
+        found.pop("sampling_mismatch", None)
+    return found

@@ -174,7 +174,8 @@ class RolloutLoader:
         """(buffer, seconds that it took) of each generation batch of the epoch from number `first` on."""
         per_epoch = len(self) // self.uses if has_length(self.dataset) else 0
         known: deque[tuple[int, list[dict]]] = deque()
-        coming = enumerate(self._prompts(first), self.epoch * per_epoch + first)
+        before = self.epoch * per_epoch if per_epoch else self.epoch << 32  # of a stream nobody knows how many
+        coming = enumerate(self._prompts(first), before + first)
         while True:
             known.extend(islice(coming, self.ahead + 1 - len(known)))
             if not known or (per_epoch and known[0][0] >= (self.epoch + 1) * per_epoch):
@@ -190,7 +191,7 @@ class RolloutLoader:
         """Rows of each generation batch from number `first` of the epoch on, and of later epochs of a dataset."""
         size = self.plan.num_prompts
         if not has_length(self.dataset):
-            stream = self.dataset.shuffle(seed=self.seed) if self.shuffle else self.dataset
+            stream = self.dataset.shuffle(seed=self.seed + self.epoch) if self.shuffle else self.dataset
             rows = islice(iter(stream), first * size, None)
             while len(chunk := list(islice(rows, size))) == size:
                 yield chunk

@@ -41,12 +41,13 @@ def batches_of_step(
                 one = copy.copy(experience)  # it may be in the step more than once
                 numbers[id(one)] = micro, weight
                 experiences.append(one)
-    experiences = experiences or [_without_loss(step)] * together
+    everything = [one for part in step.parts for one in part]
+    experiences = experiences or [_without_loss(everything)] * together
     options = {"size": size, "budget": budget, "share": collator.shares(experiences), "together": together}
     parts = cut(experiences, collator, **options)
     if (most := rounds(len(parts))) > len(parts):
         parts = cut(experiences, collator, **options, at_least=most)
-        parts += [[_without_loss(step)] * together for _ in range(most - len(parts))]
+        parts += [[_without_loss(everything)] * together for _ in range(most - len(parts))]
     made = []
     for part in parts:
         batch = collator(part, options["share"])
@@ -65,9 +66,9 @@ def _repeated(values: list[float], counts: list[int]) -> Tensor:
     return torch.from_numpy(np.repeat(np.asarray(values, np.float32), counts))
 
 
-def _without_loss(step: Step) -> Experience:
-    """A stand-in that is run for nothing but its gradient of zero: the shortest prompt of the step, one token."""
-    known = [one for part in step.parts for one in part if len(one.prompt_ids)]
+def _without_loss(experiences: Sequence[Experience]) -> Experience:
+    """A stand-in that is run for nothing but its gradient of zero: the shortest of their prompts, one token."""
+    known = [one for one in experiences if len(one.prompt_ids)]
     shortest = min(known, key=lambda one: len(one.prompt_ids))
     names = {name for one in known for name in one.tokens}
     zeros = {name: torch.zeros(1) for name in names}
@@ -113,13 +114,15 @@ def run_pass(
 ) -> list[Tensor]:
     """`forward(batch) -> (N,)` of all learned tokens, in batches of `budget` tokens; (n,) for each experience.
 
-    The shortest batch is repeated where `rounds(number of batches)` asks for more.
+    The last batch is repeated where `rounds(number of batches)` asks for more; without one, a stand-in runs.
     """
     kept = [one for one in experiences if one.num_learned]
     share = collator.shares(kept)
     batches = cut(kept, collator, size=len(kept), budget=budget or PASS_TOKENS, share=share) if kept else []
     found: dict[int, Tensor] = {}
-    for number in range(rounds(len(batches))):
+    count = rounds(len(batches))
+    batches = batches or [[_without_loss(experiences)] for _ in range(min(count, 1))]
+    for number in range(count):
         batch = collator(batches[min(number, len(batches) - 1)], share)
         values = forward(batch).split([one.num_learned for one in batch.experiences])
         found |= {id(one): part for one, part in zip(batch.experiences, values, strict=True)}

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from ..config import AlignConfig, arg
-from ..config_groups import ModelArgs, one_of
+from ..config_groups import ModelArgs, at_least, one_of
 from ..policy import head_loss, unwrap
 from ..reference import MovingReferenceArgs
 from ..rollout.buffer import Experience
@@ -128,6 +128,10 @@ class GRPOConfig(
         one_of(self, "importance_sampling_level", LEVELS)
         one_of(self, "scale_rewards", ("group", "batch", "none"))
         one_of(self, "multi_objective_aggregation", AGGREGATIONS)
+        at_least(self, epsilon=0, epsilon_high=0, replay_buffer_size=0)
+        at_least(self, entropy_coef_max=self.entropy_coef_min * self.use_adaptive_entropy)
+        if self.loss_type in CLIPPED:
+            at_least(self, delta=1 + (self.epsilon if self.epsilon_high is None else self.epsilon_high))
         if not 0 < self.top_entropy_quantile <= 1:
             raise ValueError(f"`top_entropy_quantile` is {self.top_entropy_quantile}; it must be above 0, at most 1.")
         if self.sync_ref_model and self.beta == 0.0:
@@ -217,25 +221,21 @@ class GRPOTrainer(SampledDataTrainer):
         super()._make_parts(sources, reward_funcs, processing_classes)
 
     def check(self) -> None:
-        """Refuse importance weights of tokens that were drawn from a part of the vocabulary."""
-        args, sampling = self.args, self.sampling
-        if self.samples_whole:
-            return
-        found = (
-            f"`top_p`={sampling.top_p}, `top_k`={sampling.top_k}, `min_p`={sampling.min_p}, `repetition_penalty`="
-            f"{sampling.repetition_penalty}: log-probabilities as sampled are those of a part of the vocabulary"
-        )
-        if args.corrects or args.replay_buffer_size:
+        """Refuse importance weights of tokens that were drawn from another distribution than the loss's."""
+        args, found = self.args, self.sampling.distortions(self.args.temperature)
+        if found and (args.corrects or args.replay_buffer_size):
             raise ValueError(
-                f"{found}, and would bias the importance sampling ratio. Sample from all of it (1.0, 0, None, 1.0), "
-                "or set `vllm_importance_sampling_correction=False` and `replay_buffer_size=0`."
+                f"Sampling with {found}, not from the softmax at the loss's temperature {args.temperature}, would "
+                "bias the importance sampling ratio. Leave that out, or set "
+                "`vllm_importance_sampling_correction=False` and `replay_buffer_size=0`."
             )
-        logger.warning("%s. They are not used: ratios are of the training model's own, over all of it.", found)
+        if found:
+            logger.warning("Log-probabilities as sampled are not used: they are those of sampling with %s.", found)
 
     @property
     def samples_whole(self) -> bool:
-        """Whether log-probabilities as sampled are over the whole vocabulary."""
-        return not self.sampling.truncates and self.sampling.repetition_penalty == 1.0
+        """Whether log-probabilities as sampled are at the loss's temperature, over the whole vocabulary."""
+        return not self.sampling.distortions(self.args.temperature)
 
     # From rewards to advantages
 

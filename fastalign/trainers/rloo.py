@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from ..config import AlignConfig, arg
-from ..config_groups import ModelArgs
+from ..config_groups import ModelArgs, at_least
 from ..policy import head_loss
 from ..reference import MovingReferenceArgs
 from ..rollout.buffer import Experience
@@ -51,6 +51,7 @@ class RLOOConfig(
         self.check_engine_args()
         self.check_batch_args("RLOO")
         self.check_completion_log_args()
+        at_least(self, epsilon=0, epsilon_high=0)
         bounds = self.reward_clip_range
         if bounds is not None and (len(bounds) != 2 or bounds[0] >= bounds[1]):
             raise ValueError(f"`reward_clip_range` is {bounds}; give two numbers, the smaller one first.")
