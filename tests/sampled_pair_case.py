@@ -152,7 +152,7 @@ def numbers(trainer) -> list[dict]:
 
 def assert_same(own: dict, other: dict, accumulation: int = 1, but: tuple[str, ...] = ()) -> None:
     """All numbers of TRL's log `other`, whose gradients are sums over the micro-batches of a step, where ours are
-    means. Rewards and losses are differences of sums of log-probabilities around 30 nats; fp32 keeps some 5e-6 of them,
+    means. Rewards and losses are differences of sums of log-probabilities around 30 nats; fp32 keeps 5e-6 of them,
     and the loss of a step adds those of its micro-batches."""
     assert set(other) <= set(own), set(other) - set(own)
     for key in {key for key in other if not any(t in key for t in TIMES)} - {*but}:
