@@ -4,6 +4,7 @@ import atexit
 import importlib.util
 import os
 import shutil
+import sys
 import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -37,3 +38,14 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.xdist_group("vllm"))
             if missing:
                 item.add_marker(pytest.mark.skip(reason="vLLM is not installed here: make vllm-cpu"))
+
+
+@pytest.fixture(autouse=True)
+def rope_of_transformers():
+    """Patched models of earlier tests may live on, and RoPE is patched for a whole family: it is as it was again."""
+    patch = sys.modules.get("fastalign.patch")
+    for file, users in patch._rope_users.items() if patch else ():
+        users.clear()
+        function = getattr(sys.modules[file], "apply_rotary_pos_emb", None)
+        if hasattr(function, "_fastalign_original"):
+            sys.modules[file].apply_rotary_pos_emb = function._fastalign_original

@@ -268,7 +268,8 @@ def test_kernel_backend_of_the_config(tmp_path, monkeypatch):
         return count
 
     assert number_of_own(kernel_backend="none") == 0
-    assert number_of_own() == number_of_own(kernel_backend="own") == 10  # auto, in C++
+    assert number_of_own(kernel_backend="auto") == number_of_own(kernel_backend="own") == 10  # in C++
+    assert AlignConfig(str(tmp_path), use_cpu=True).kernel_backend == "auto"
     monkeypatch.setattr(AlignConfig, "device", property(lambda self: torch.device("cuda")))
     asked = []
     monkeypatch.setattr(patch, "patch_model", lambda model, kernels, **options: asked.append((kernels, options)))
