@@ -22,6 +22,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "regrouped entropy": ({"token_budget": 9, "top_entropy_quantile": 0.5}, "unset one"),
     "bounds": ({"vllm_importance_sampling_clip_min": 4.0}, "smaller"),
     "repository": ({"log_completions_hub_repo": "a/b"}, "log_completions"),
+    "fewer than none": ({"num_completions_to_print": -1}, "at least 0"),
     "cold": ({"temperature": 0.0}, "above 0"),
     "part of the vocabulary": ({"use_vllm": True, "top_k": 5}, "bias the importance sampling"),
     "another temperature": ({"use_vllm": True, "generation_kwargs": {"temperature": 0.7}}, "'temperature': 0.7.*bias"),
@@ -79,3 +80,8 @@ def test_rollout_functions_are_told_what_is_wrong(change, message, tmp_path):
 
     with pytest.raises(ValueError, match=message):
         grpo_trainer(tmp_path, rollout_func=wrong).train()
+
+
+def test_a_field_without_effect_says_so(caplog, tmp_path):
+    fastalign.GRPOConfig(str(tmp_path), ds3_gather_for_generation=False, bf16=False, use_cpu=True)
+    assert "`ds3_gather_for_generation=False` has no effect" in caplog.text

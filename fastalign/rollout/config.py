@@ -9,7 +9,7 @@ from typing import Any
 from fastalign_kernels.losses.corrections import CORRECTION_MODES
 
 from ..config import arg
-from ..config_groups import deprecated, one_of
+from ..config_groups import at_least, deprecated, one_of
 from .engine import Sampling
 
 logger = logging.getLogger(__name__)
@@ -114,13 +114,15 @@ class EngineArgs:
     use_transformers_continuous_batching: bool = arg(False, "Generate with Transformers' continuous batching.")
     transformers_continuous_batching_config: dict | str | None = arg(None, "Arguments of ContinuousBatchingConfig.")
     use_transformers_paged: bool = arg(False, "Deprecated: `use_transformers_continuous_batching`.")
-    ds3_gather_for_generation: bool = arg(True, "Gather weights that DeepSpeed ZeRO-3 spreads; without effect here.")
+    ds3_gather_for_generation: bool = arg(True, "Gather weights that DeepSpeed ZeRO-3 spreads; False has no effect.")
 
     def check_engine_args(self) -> None:
         """Read deprecated names; ValueError for values that contradict each other."""
         if self.use_transformers_paged:
             deprecated("`use_transformers_paged` is deprecated; use `use_transformers_continuous_batching`.")
             self.use_transformers_continuous_batching = True
+        if not self.ds3_gather_for_generation:
+            logger.warning("`ds3_gather_for_generation=False` has no effect: weights of ZeRO-3 are gathered to sample.")
         one_of(self, "vllm_mode", ("server", "colocate"))
         one_of(self, "vllm_model_impl", ("vllm", "transformers"))
         if self.use_vllm and self.use_transformers_continuous_batching:
@@ -257,7 +259,8 @@ class CompletionLogArgs:
     log_completions_hub_repo: str | None = arg(None, "Dataset repository of the Hub that the files are sent to.")
 
     def check_completion_log_args(self) -> None:
-        """ValueError for a repository of nothing."""
+        """ValueError for a repository of nothing, and for fewer than no completions."""
+        at_least(self, num_completions_to_print=0)
         if self.log_completions_hub_repo is not None and not self.log_completions:
             raise ValueError(
                 f"`log_completions_hub_repo` is {self.log_completions_hub_repo!r}, but `log_completions` is False: "
