@@ -122,7 +122,9 @@ class EngineArgs:
             deprecated("`use_transformers_paged` is deprecated; use `use_transformers_continuous_batching`.")
             self.use_transformers_continuous_batching = True
         if not self.ds3_gather_for_generation:
-            logger.warning("`ds3_gather_for_generation=False` has no effect: weights of ZeRO-3 are gathered to sample.")
+            logger.warning(
+                "`ds3_gather_for_generation=False` has no effect: weights of ZeRO-3 are gathered to sample."
+            )
         one_of(self, "vllm_mode", ("server", "colocate"))
         one_of(self, "vllm_model_impl", ("vllm", "transformers"))
         if self.use_vllm and self.use_transformers_continuous_batching:
